@@ -1,0 +1,145 @@
+"""The words that the rest of vidtrain is written in.
+
+Axis letters, used in every docstring and comment:
+
+    B batch         V views (clips x crops)    C channels      T frames
+    H W pixels      K classes                  D width         N tokens
+    t h w           T H W after the network's strides
+
+Before the device transform a video is `(B, V, T, C, H, W)` uint8; after it `(B, V, C, T, H, W)` float.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: shown as one line, without a traceback, exit code 2.
+
+    The message says which file or key, what is wrong, and what to do.
+    """
+
+
+class DecodeError(Exception):
+    """A video that cannot be read, or not the frames that were asked of it."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)  # both, so that it survives the trip out of a worker
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        """Name the file, then the reason."""
+        return f"{self.path}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What a model eats: the one wire from model to data.
+
+    `num_frames` frames, `stride` apart, cropped to `size` x `size` pixels, then
+    `(x / 255 - mean) / std`. With `fps`, a video of another rate is first seen as one of `fps`
+    frames per second and the stride is counted there; without, in the video's own frames.
+    """
+
+    num_frames: int
+    stride: int
+    size: int
+    mean: Sequence[float]
+    std: Sequence[float]
+    fps: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what no sampler could use."""
+        for name in ("num_frames", "stride", "size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"clip.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.fps is not None and self.fps <= 0:
+            raise UserError(f"clip.fps is {self.fps}; it must be above 0, or null for the video's own rate")
+        if len(self.mean) != 3 or len(self.std) != 3:
+            raise UserError("clip.mean and clip.std take three numbers each, for R, G and B")
+
+
+class Failure(NamedTuple):
+    """One row whose video could not be read."""
+
+    index: int  # the row of the split
+    path: str
+    reason: str
+
+
+class Sample(TypedDict, total=False):
+    """One video with all its views, as a worker hands it over."""
+
+    video: Tensor  # (V, T, C, H, W) uint8, ready crops (training)
+    frames: Tensor  # (N, C, H, W) uint8, each wanted frame once (testing) ...
+    view_frames: Tensor  # (V, T) int64, which of them make a view ...
+    view_crops: Tensor  # (V, 3) int64, and where it lies in them: top, left, size
+    label: Tensor  # () int64, or (K,) float32 of zeros and ones
+    index: int  # the row of the split
+    failures: list[Failure]  # rows that this sample stands in for
+
+
+class Batch(TypedDict, total=False):
+    """What the model's task sees, after the device transform."""
+
+    video: Tensor  # (B, V, C, T, H, W) float
+    label: Tensor  # (B,) int64, or (B, K) float32
+    index: Tensor  # (B,) int64
+    failures: list[Failure]
+
+
+@runtime_checkable
+class VideoReader(Protocol):
+    """An open video. Every decoder of `vidtrain.data.decode` answers to it."""
+
+    path: str  # for messages
+    fps: float  # average rate, frames per second
+    width: int  # as shown: after rotation
+    height: int
+
+    def __len__(self) -> int:
+        """Count the frames that a player would show."""
+        ...
+
+    def frames(self, indices: Sequence[int]) -> Tensor:
+        """Decode frames by number, in any order, repeats allowed.
+
+        Returns:
+            `(N, C, H, W)` uint8 RGB, whose memory is `N H W C` (channels last).
+
+        Raises:
+            DecodeError: naming the file and what is wrong with it.
+            IndexError: an index outside `0 <= i < len(self)`.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back the file."""
+        ...
+
+
+@runtime_checkable
+class VideoModel(Protocol):
+    """What every architecture is to the rest of the house."""
+
+    inputs: tuple[str, ...]  # batch keys, in the order of `forward`: ("video",)
+    num_features: int  # D of `forward_features`
+
+    def __call__(self, *inputs: Any) -> Tensor:
+        """`(B, C, T, H, W) -> (B, K)` logits; `(B, D)` after `reset_classifier(0)`."""
+        ...
+
+    def forward_features(self, *inputs: Any) -> Tensor:
+        """`(B, C, T, H, W) -> (B, D, t, h, w)`."""
+        ...
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the classifier; 0 takes it away."""
+        ...
