@@ -83,7 +83,8 @@ class Sample(TypedDict, total=False):
     view_crops: Tensor  # (V, 3) int64, and where it lies in them: top, left, size
     label: Tensor  # () int64, or (K,) float32 of zeros and ones
     index: int  # the row of the split
-    failures: list[Failure]  # rows that this sample stands in for
+    fps: float  # frames per second as the model sees them
+    failures: list[Failure]  # rows that this sample stands in for, or itself
 
 
 class Batch(TypedDict, total=False):

@@ -1,0 +1,197 @@
+"""From a config to objects: the only place that instantiates.
+
+A `_target_` is code that a config names. A config that the user wrote may name anything; one that
+came out of a checkpoint only what vidtrain ships, or what the user allows by name (`allow=[...]`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from vidtrain.types import UserError
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, Trainer
+    from lightning.pytorch.loggers import Logger
+    from torch import nn
+
+    from vidtrain.data.module import VideoDataModule
+    from vidtrain.tasks.base import VideoTask
+
+# The parts of vidtrain that a checkpoint's config may build: constructors, no verbs and no tools.
+SHIPPED = (
+    "vidtrain.types",
+    "vidtrain.models.",
+    "vidtrain.tasks.",
+    "vidtrain.optim.",
+    "vidtrain.data.module",
+    "vidtrain.data.prepare.",
+)
+
+
+def instantiate(node: Any, **kwargs: Any) -> Any:
+    """Call a node's `_target_`; lists are lists and dictionaries are dictionaries.
+
+    Raises:
+        UserError: the target does not exist or does not take these arguments, or it raised one.
+    """
+    import hydra
+    from hydra.errors import InstantiationException
+
+    try:
+        return hydra.utils.instantiate(node, _convert_="all", **kwargs)
+    except InstantiationException as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, UserError):
+                raise cause from None
+            if cause.__cause__ is None:
+                break
+            cause = cause.__cause__
+        if isinstance(cause, (TypeError, ImportError, AttributeError)) and _at_the_door(cause):
+            raise UserError(" ".join(str(error).split())) from None
+        raise
+
+
+def _at_the_door(error: BaseException) -> bool:
+    """Tell a call with wrong arguments, or a name that is not there, from a bug inside the callee."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is None or "hydra" in Path(trace.tb_frame.f_code.co_filename).parts
+
+
+def targets(node: Any) -> Iterator[str]:
+    """Walk every `_target_` below a config node."""
+    if isinstance(node, (dict, DictConfig)):
+        for key in node:
+            value = node._get_node(key) if isinstance(node, DictConfig) else node[key]
+            if key == "_target_":
+                yield str(node[key])
+            else:
+                yield from targets(value)
+    elif isinstance(node, (list, tuple, ListConfig)):
+        for value in node:
+            yield from targets(value)
+
+
+def check_targets(node: Any, source: str, allow: Sequence[str] = ()) -> None:
+    """Refuse a config that would build what vidtrain does not ship.
+
+    A shipped target names a class or function *defined* in the module that it names, so that
+    nothing another module imports can be reached through ours.
+
+    Raises:
+        UserError: naming the target and how to allow it.
+    """
+    from importlib import import_module
+
+    for target in targets(node):
+        if target in allow:
+            continue
+        module, _, name = target.rpartition(".")
+        found = None
+        if any(module == part or (part[-1] == "." and module.startswith(part)) for part in SHIPPED):
+            try:
+                found = getattr(import_module(module), name, None)
+            except ImportError:
+                found = None
+        if not callable(found) or getattr(found, "__module__", None) != module:
+            raise UserError(
+                f"{source} wants to build '{target}', which vidtrain does not ship;"
+                f" if you trust it, add allow=[{target}]"
+            )
+
+
+def data(cfg: DictConfig) -> VideoDataModule:
+    """Build the data module of `cfg.data`.
+
+    Keys that are arguments of the dataset's prepare function go there, the rest to the module.
+    """
+    from hydra.utils import get_method
+
+    from vidtrain.data.module import VideoDataModule
+
+    node = OmegaConf.to_container(cfg.data, resolve=True)
+    assert isinstance(node, dict)
+    prepare = node.pop("prepare")
+    if not isinstance(prepare, dict) or "_target_" not in prepare:
+        raise UserError("data.prepare needs a _target_: the function that reads the annotations")
+    try:
+        wanted = inspect.signature(get_method(prepare["_target_"])).parameters
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"data.prepare: {' '.join(str(error).split())}") from None
+    own = inspect.signature(VideoDataModule.__init__).parameters
+    for key in [key for key in node if key in wanted]:
+        prepare[key] = node[key] if key in own else node.pop(key)
+    prepare["_partial_"] = True
+    node["prepare"] = prepare
+    module: VideoDataModule = instantiate(node)
+    return module
+
+
+def model(cfg: DictConfig) -> nn.Module:
+    """Build the network of `cfg.model`."""
+    if OmegaConf.is_missing(cfg.data, "num_classes") or cfg.data.num_classes is None:
+        raise UserError(
+            f"data={cfg.data.get('name')} does not say how many classes it has before it is read;"
+            " add data.num_classes=N"
+        )
+    network: nn.Module = instantiate(cfg.model)
+    return network
+
+
+def task(cfg: DictConfig, network: nn.Module) -> VideoTask:
+    """Build what is learned: loss, metrics and optimizer around a network."""
+    module: VideoTask = instantiate(cfg.task)
+    module.model = network
+    module.optimizer = instantiate(cfg.optim)
+    module.views_per_forward = cfg.views.per_forward
+    return module
+
+
+def callbacks(cfg: DictConfig, run_dir: Path) -> list[Callback]:
+    """Build the callbacks of `cfg.callbacks`, in their order; a null one is left out."""
+    from vidtrain.callbacks.checkpoint import Checkpoint
+
+    built: list[Callback] = []
+    for node in cfg.callbacks.values():
+        if node is None:
+            continue
+        callback = instantiate(node)
+        if isinstance(callback, Checkpoint):
+            callback.dirpath = str(run_dir / "checkpoints")
+        built.append(callback)
+    return built
+
+
+def loggers(cfg: DictConfig, run_dir: Path, config: dict[str, Any]) -> list[Logger]:
+    """Build the loggers of `cfg.logger`; they write into the run's folder."""
+    built: list[Logger] = instantiate(
+        cfg.logger, run_dir=str(run_dir), config=config, name=run_dir.name
+    )
+    return built
+
+
+def trainer(
+    cfg: DictConfig, run_dir: Path, callbacks: list[Callback], loggers: list[Logger]
+) -> Trainer:
+    """Build Lightning's Trainer around our callbacks and loggers."""
+    built: Trainer = instantiate(
+        cfg.trainer,
+        default_root_dir=str(run_dir),
+        use_distributed_sampler=False,  # the data module deals out the rows itself
+        enable_model_summary=False,
+        enable_progress_bar=False,  # ours is a callback
+        enable_checkpointing=None,
+        _recursive_=True,
+    )
+    # Set after the fact: Hydra would turn callbacks and loggers into configs.
+    built.callbacks = [*built.callbacks, *callbacks]
+    built.loggers = loggers
+    return built

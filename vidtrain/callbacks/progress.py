@@ -1,0 +1,62 @@
+"""What a person sees while it runs: a bar in a terminal, a line an epoch elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import lightning.pytorch as L
+from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar
+
+from vidtrain.callbacks.throughput import Throughput
+
+
+def measured(trainer: L.Trainer) -> dict[str, str]:
+    """Read the throughput callback, where there is one, for display."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Throughput) and callback.clips_per_second:
+            return {
+                "clips/s": f"{callback.clips_per_second:.1f}",
+                "data wait": f"{callback.data_wait:.0%}",
+            }
+    return {}
+
+
+class Bar(RichProgressBar):
+    """Lightning's Rich bar, with clips per second and the share of time spent waiting for data."""
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        """Add the throughput to the logged metrics."""
+        shown = super().get_metrics(trainer, pl_module)
+        shown.pop("v_num", None)
+        return {**shown, **(measured(trainer) if trainer.training else {})}
+
+
+class Lines(ProgressBar):
+    """One line an epoch: for logs, pipes and clusters."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Note the time and what was measured in the epoch."""
+        self._began = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print the epoch's metrics."""
+        metrics = {
+            key: value.item()
+            for key, value in trainer.callback_metrics.items()
+            if key in ("train/loss", "val/loss", "val/top1", "val/mAP")
+        }
+        words = [f"{key} {value:.4f}" for key, value in metrics.items()]
+        words += [f"{key} {value}" for key, value in measured(trainer).items()]
+        seconds = time.perf_counter() - self._began
+        print(
+            f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {'  '.join(words)}"
+            f"  {seconds:.1f} s",
+            flush=True,
+        )
+
+
+def progress() -> Callback:
+    """Choose by whether somebody is looking."""
+    return Bar(leave=False) if sys.stdout.isatty() else Lines()

@@ -1,0 +1,109 @@
+"""Read a checkpoint, and build again what it describes.
+
+A checkpoint of ours carries, beside Lightning's own keys, `vidtrain`: version, resolved config, the
+config before its interpolations were followed (command-line overrides go over that one), label
+names and the data's fingerprint. Files are loaded with `weights_only=True`: tensors and plain
+values, never code.
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from vidtrain import __version__, build
+from vidtrain.config import resolved
+from vidtrain.tasks.base import VideoTask
+from vidtrain.types import UserError
+
+
+def describe(
+    cfg: DictConfig, model: str, label_names: list[str], fingerprint: str, command: str
+) -> dict[str, Any]:
+    """Make the `vidtrain` entry of a checkpoint."""
+    return {
+        "version": __version__,
+        "command": command,
+        "model": model,
+        "config": resolved(cfg),
+        "template": OmegaConf.to_container(cfg, resolve=False),
+        "label_names": list(label_names),
+        "fingerprint": fingerprint,
+    }
+
+
+def find(path: str | Path) -> Path:
+    """Turn a checkpoint or a run's folder into the checkpoint: the best one, else the last.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        best = sorted(folder.glob("epoch_*.ckpt"), key=lambda file: file.stat().st_mtime)
+        last = folder / "last.ckpt"
+        if best:
+            return best[-1]
+        if last.is_file():
+            return last
+        raise UserError(f"{path} holds no checkpoint; name a .ckpt file or a run's folder")
+    if not path.is_file():
+        raise UserError(f"no checkpoint {path}; runs keep theirs in runs/.../checkpoints/")
+    return path
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Load a checkpoint's tensors and plain values to the CPU.
+
+    Raises:
+        UserError: it is not a checkpoint, is torn, holds code, or is not one of vidtrain's.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} is not a plain checkpoint (only tensors and plain values are loaded,"
+            f" never code): {str(error).splitlines()[0]}"
+        ) from None
+    except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError, OSError) as error:
+        raise UserError(
+            f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0]});"
+            " is it complete?"
+        ) from None
+    if not isinstance(checkpoint, dict) or "vidtrain" not in checkpoint:
+        raise UserError(f"{path} is not a checkpoint of vidtrain: it does not describe itself")
+    return checkpoint
+
+
+def config_of(checkpoint: dict[str, Any]) -> DictConfig:
+    """Give the checkpoint's config with its interpolations alive."""
+    cfg = OmegaConf.create(checkpoint["vidtrain"]["template"])
+    assert isinstance(cfg, DictConfig)
+    return cfg
+
+
+def build_task(
+    cfg: DictConfig, checkpoint: dict[str, Any], source: Path, allow: Sequence[str]
+) -> VideoTask:
+    """Build a checkpoint's network and task and fill in its weights.
+
+    Raises:
+        UserError: its config names what vidtrain does not ship, or the weights do not fit it.
+    """
+    for part in ("model", "task", "optim", "clip"):
+        build.check_targets(cfg[part], str(source), allow)
+    task = build.task(cfg, build.model(cfg))
+    try:
+        task.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:]]
+        raise UserError(f"{source} does not fit its own config: {lines[0] if lines else error}") from None
+    task.description = checkpoint["vidtrain"]
+    return task

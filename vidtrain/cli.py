@@ -1,0 +1,57 @@
+"""The `vidtrain` command: a table of verbs, and nothing heavy until one is chosen."""
+
+from __future__ import annotations
+
+import sys
+
+from vidtrain import __version__
+
+VERBS = {
+    "train": "train a model; test=true also tests its best checkpoint",
+    "test": "score a checkpoint on many clips of each video",
+    "predict": "name what is in your videos",
+    "summary": "layers, shapes, receptive fields, parameters, multiply-adds",
+    "data": "action=prepare|check|stats|show: a dataset's manifest, health and looks",
+    "completion": "print a completion script: bash, zsh or fish",
+}
+
+
+def usage() -> str:
+    """Say what there is, one line a verb."""
+    verbs = "\n".join(f"  {verb:<12}{line}" for verb, line in VERBS.items())
+    return f"""usage: vidtrain VERB key=value ...
+
+{verbs}
+
+  vidtrain train model=c3d data=ucf101 data.root=/videos/ucf101
+  vidtrain train -m model=c3d,slow_fusion optim.lr=0.1,0.01     a sweep
+  vidtrain VERB --help                                         its groups and keys
+  vidtrain VERB --cfg job                                      its whole config, and stop
+  vidtrain VERB --config-dir mine/conf                         your own files go over ours
+"""
+
+
+def main() -> None:
+    """Run one verb; exit code 2 for a mistake on the command line."""
+    args = sys.argv[1:]
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(usage(), end="")
+        sys.exit(0 if args else 2)
+    if args[0] in ("-V", "--version"):
+        print(f"vidtrain {__version__}")
+        sys.exit(0)
+    verb, rest = args[0], args[1:]
+    if verb not in VERBS:
+        from difflib import get_close_matches
+
+        near = get_close_matches(verb, VERBS, n=1, cutoff=0.4)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        print(f"vidtrain: no verb '{verb}'{hint} (one of: {', '.join(VERBS)})", file=sys.stderr)
+        sys.exit(2)
+    if verb == "completion":
+        from vidtrain.commands import completion
+
+        sys.exit(completion.main(rest))
+    from vidtrain import config
+
+    config.run(verb, rest)

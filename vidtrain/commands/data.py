@@ -1,0 +1,197 @@
+"""`vidtrain data action=...`: what there is of a dataset, whether it is sound, how it looks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from vidtrain import build, config
+from vidtrain.types import Clip, DecodeError, UserError
+
+
+def main(cfg: DictConfig) -> int | None:
+    """Run one action. Returns 1 when `check` found something unusable."""
+    if cfg.action not in ACTIONS:
+        raise UserError(f"no action '{cfg.action}'{config.nearest(cfg.action, list(ACTIONS))}")
+    data = build.data(cfg)
+    if cfg.split is not None:
+        data.split_of(cfg.split)
+    return ACTIONS[cfg.action](cfg, data, Console())
+
+
+def rows_of(cfg: DictConfig, data: Any) -> list[Any]:
+    """List the manifest's rows, of one split or of all."""
+    source = data.manifest
+    numbers = range(len(source)) if cfg.split is None else source.split(cfg.split).tolist()
+    return [source.row(number) for number in numbers]
+
+
+def prepare(cfg: DictConfig, data: Any, console: Console) -> None:
+    """Read the annotations anew and write the manifest."""
+    found = data.write_manifest()
+    console.print(f"{data.name}: {len(found)} rows, {len(found.label_names)} classes", highlight=False)
+    print_counts(console, found)
+    for note in found.notes:
+        console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
+    console.print(f"manifest {data.manifest_path()}", highlight=False, soft_wrap=True)
+
+
+def print_counts(console: Console, found: Any) -> None:
+    """Compare what there is with what the dataset's authors count."""
+    table = Table()
+    table.add_column("split")
+    table.add_column("videos", justify="right")
+    table.add_column("official", justify="right")
+    table.add_column("missing", justify="right")
+    for split in {**found.splits, **found.official}:
+        here, official = found.splits.get(split, 0), found.official.get(split)
+        missing = "" if official is None else str(official - here)
+        table.add_row(split, str(here), "" if official is None else str(official), missing)
+    console.print(table)
+
+
+def check(cfg: DictConfig, data: Any, console: Console) -> int:
+    """Decode every file; name those that are unusable, and what is in training and test alike."""
+    from vidtrain.data.check import check_files, leaks, write_table
+
+    rows = rows_of(cfg, data)
+    paths = list(dict.fromkeys(str(data.manifest.absolute_path(row)) for row in rows))
+    probes = []
+    with Progress(console=Console(stderr=True)) as bar:
+        bar_of_files = bar.add_task("check", total=len(paths))
+        workers = max(1, data.workers)
+        for probe in check_files(paths, workers, float(cfg.time_limit)):
+            probes.append(probe)
+            bar.advance(bar_of_files)
+    output = Path(cfg.output or f"{data.name}-check.csv").expanduser()
+    write_table(probes, output)
+    bad = [probe for probe in probes if not probe.ok]
+    print_counts(console, data.manifest)
+    for probe in bad:
+        console.print(f"unusable: {probe.path}: {probe.error}", style="red", markup=False, soft_wrap=True)
+    found = leaks(
+        (str(data.manifest.absolute_path(row)), row.split, row.group, row.labels) for row in rows
+    )
+    for leak in found:
+        console.print(f"leak: {leak}", style="yellow", markup=False, soft_wrap=True)
+    console.print(
+        f"{len(probes) - len(bad)} of {len(probes)} files are sound, {len(bad)} unusable,"
+        f" {len(found)} leaks; table in {output}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 1 if bad else 0
+
+
+def stats(cfg: DictConfig, data: Any, console: Console) -> None:
+    """Count classes, and measure durations, rates and sizes from the files' headers."""
+    from vidtrain.data.decode import open_video
+
+    rows = rows_of(cfg, data)
+    names = data.label_names
+    splits = list(data.manifest.splits)
+    counts = Counter((label, row.split) for row in rows for label in row.labels)
+    table = Table(title=f"{data.name}: {len(rows)} videos, {len(names)} classes", title_justify="left")
+    table.add_column("class")
+    for split in splits:
+        table.add_column(split, justify="right")
+    for number, name in enumerate(names):
+        table.add_row(name, *(str(counts[number, split]) for split in splits))
+    console.print(table)
+
+    some = rows if len(rows) <= SAMPLED else [rows[i] for i in sample_of(len(rows), SAMPLED)]
+    seconds, rates, sizes, failed = [], Counter[float](), Counter[str](), 0
+    with Progress(console=Console(stderr=True)) as bar:
+        bar_of_files = bar.add_task("stats", total=len(some))
+        for row in some:
+            try:
+                with open_video(data.manifest.absolute_path(row), data.decoder) as reader:
+                    seconds.append(len(reader) / reader.fps)
+                    rates[round(reader.fps, 2)] += 1
+                    sizes[f"{reader.width}x{reader.height}"] += 1
+            except DecodeError:
+                failed += 1
+            bar.advance(bar_of_files)
+    if not seconds:
+        raise UserError(f"none of the {len(some)} videos can be opened; vidtrain data action=check says why")
+    low, median, high = np.percentile(seconds, [0, 50, 100])
+    facts = Table(title=f"of {len(seconds)} videos", title_justify="left", show_header=False)
+    facts.add_row("seconds", f"{low:.2f} to {high:.2f}, median {median:.2f}, {sum(seconds) / 3600:.2f} h")
+    facts.add_row("frames per second", common(rates))
+    facts.add_row("width x height", common(sizes))
+    if failed:
+        facts.add_row("cannot be opened", str(failed))
+    console.print(facts)
+
+
+SAMPLED = 2000  # files that stats opens at most
+
+
+def sample_of(count: int, size: int) -> list[int]:
+    """Choose rows spread over the whole dataset."""
+    return np.linspace(0, count - 1, size).astype(int).tolist()
+
+
+def common(counts: Counter[Any]) -> str:
+    """Name the commonest values with their share."""
+    total = sum(counts.values())
+    shown = [f"{value} ({count / total:.0%})" for value, count in counts.most_common(5)]
+    return ", ".join(shown) + (f" and {len(counts) - 5} more" if len(counts) > 5 else "")
+
+
+def show(cfg: DictConfig, data: Any, console: Console) -> None:
+    """Write a contact sheet of training clips, exactly as the chosen model would get them."""
+    import torch
+
+    from vidtrain.visualize.clips import contact_sheet
+
+    split = data.split_of(cfg.split or "train")
+    dataset = data.dataset(split, training=split == "train")
+    rng = np.random.default_rng(cfg.seed)
+    clips, captions = [], []
+    for index in rng.permutation(len(dataset))[: cfg.clips].tolist():
+        sample = dataset[index, int(rng.integers(2**31))]
+        for failure in sample["failures"]:
+            console.print(f"skipped {failure.path}: {failure.reason}", style="yellow", markup=False)
+        if "video" not in sample and "frames" not in sample:
+            continue
+        row = dataset.rows.row(sample["index"])
+        clips.append(seen_by_model(data, sample))
+        label = ", ".join(data.label_names[number] for number in row.labels) or "no label"
+        captions.append(f"{label}   {row.path}   {sample['fps']:.4g} frames/s")
+    if not clips:
+        raise UserError(f"not one clip of '{split}' can be read; vidtrain data action=check says why")
+    output = Path(cfg.output or f"{data.name}-{split}.png").expanduser()
+    contact_sheet([clip.to(torch.uint8) for clip in clips], captions, output)
+    clip: Clip = data.clip
+    console.print(
+        f"{len(clips)} clips of {clip.num_frames} frames, {clip.size} x {clip.size}, in {output}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def seen_by_model(data: Any, sample: Any) -> Any:
+    """Run a sample through the device transform and back to pixels: `(T, C, H, W)` in 0 to 255."""
+    from vidtrain.data.collate import collate
+
+    data.transform.train("video" in sample)
+    video = data.transform(collate([sample]))["video"][0, 0]  # (C, T, H, W)
+    mean, std = (part.view(3, 1, 1, 1) for part in (data.transform.mean, data.transform.std))
+    return ((video * std + mean) * 255).round().clamp(0, 255).transpose(0, 1)
+
+
+ACTIONS: dict[str, Callable[[DictConfig, Any, Console], int | None]] = {
+    "prepare": prepare,
+    "check": check,
+    "stats": stats,
+    "show": show,
+}

@@ -1,0 +1,196 @@
+"""`vidtrain predict`: name what is in files, a folder or a list of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch.utils.data import DataLoader
+
+from vidtrain import checkpoint, config
+from vidtrain.data.collate import collate
+from vidtrain.data.dataset import VideoDataset
+from vidtrain.data.manifest import Row
+from vidtrain.data.module import default_workers, start_worker
+from vidtrain.data.order import EvaluationOrder
+from vidtrain.data.transforms.device import DeviceTransform
+from vidtrain.tasks.base import VideoTask
+from vidtrain.types import Clip, UserError
+
+VIDEO_ENDINGS = {
+    *(".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv"),
+    *(".3gp", ".ts", ".m2ts", ".mts", ".ogv", ".gif", ".vob", ".mjpeg", ".y4m"),
+}
+SHOWN = 30  # rows of the table on the terminal; the file has them all
+
+
+class Files:
+    """Files as rows without labels."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def row(self, index: int) -> Row:
+        """Give file `index` as a row."""
+        return Row(str(self.paths[index]), (), None, None, "predict", None)
+
+    def absolute_path(self, row: Row) -> Path:
+        """Say where it lies."""
+        return Path(row.path)
+
+
+def main(cfg: DictConfig) -> int:
+    """Predict every file. Returns 1 when at least one could not be read, else 0."""
+    path = checkpoint.find(cfg.ckpt)
+    saved = checkpoint.load(path)
+    overrides = [
+        word for word in config.task_overrides() if word.split("=")[0].split(".")[0] in ("views", "clip")
+    ]
+    merged = config.overlay(checkpoint.config_of(saved), cfg, overrides)
+    task = checkpoint.build_task(merged, saved, path, cfg.allow)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    task.to(device).eval()
+
+    files = find_files(Path(str(cfg.input)).expanduser())
+    clip = Clip(**{k: v for k, v in config.resolved(merged)["clip"].items() if k != "_target_"})
+    facts = config.resolved(merged)["data"]
+    dataset = VideoDataset(
+        Files(files),
+        clip,
+        clips=merged.views.clips,
+        crops=merged.views.crops,
+        short_side=merged.views.short_side,
+        size=merged.views.size,
+        how=facts["sampling"],
+        past_end=facts["past_end"],
+        region=facts["region"],
+        decoder=cfg.decoder,
+    )
+    workers = default_workers() if cfg.workers == "auto" else int(cfg.workers)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=EvaluationOrder(len(dataset), cfg.batch_size, 0, 1),
+        num_workers=min(workers, len(files)),
+        collate_fn=collate,
+        worker_init_fn=start_worker,
+    )
+    names = saved["vidtrain"]["label_names"]
+    output = Path(str(cfg.output)).expanduser()
+    if not output.parent.is_dir():
+        raise UserError(f"output={output}: there is no folder {output.parent}")
+    console = Console()
+    shown: list[dict[str, Any]] = []
+    failed = 0
+    # stderr keeps the bar apart from a table that somebody pipes on
+    with output.open("w", encoding="utf-8") as file, Progress(console=Console(stderr=True)) as bar:
+        bar_of_files = bar.add_task("predict", total=len(files))
+        for line in predictions(task, loader, clip, device, files, names, cfg.top):
+            failed += "error" in line
+            write_line(file, line)
+            if len(shown) < SHOWN:
+                shown.append(line)
+            bar.advance(bar_of_files)
+    console.print(as_table(shown, len(files)))
+    console.print(f"{len(files) - failed} of {len(files)} videos, in {output}", highlight=False)
+    return 1 if failed else 0
+
+
+def find_files(source: Path) -> list[Path]:
+    """List the videos that `input` names: one file, a folder's (all the way down), or a list's.
+
+    A list is a .txt file with a path a line, relative to the list. Files in it, and a file that is
+    named itself, are taken whatever their ending: what cannot be read becomes a row that says so.
+
+    Raises:
+        UserError: there is no such thing, or nothing in it.
+    """
+    if source.is_dir():
+        found = sorted(
+            path
+            for path in source.rglob("*")
+            if path.suffix.lower() in VIDEO_ENDINGS and not path.is_dir()
+        )
+        if not found:
+            raise UserError(f"input={source}: no videos in it ({', '.join(sorted(VIDEO_ENDINGS))})")
+        return found
+    if source.suffix.lower() == ".txt" and source.is_file():
+        lines = source.read_text(encoding="utf-8").splitlines()
+        found = [source.parent / line.strip() for line in lines if line.strip()]
+        if not found:
+            raise UserError(f"input={source}: the list is empty")
+        return found
+    if not source.exists():
+        raise UserError(f"input={source}: there is no such file or folder")
+    return [source]
+
+
+def predictions(
+    task: VideoTask,
+    loader: DataLoader[Any],
+    clip: Clip,
+    device: torch.device,
+    files: list[Path],
+    names: list[str],
+    top: int,
+) -> Iterator[dict[str, Any]]:
+    """Yield one line a file, in order: its best labels, or its error."""
+    transform = DeviceTransform(clip.mean, clip.std).to(device).eval()
+    for batch in loader:
+        lines: dict[int, dict[str, Any]] = {}
+        for failure in batch["failures"]:
+            lines[failure.index] = {"path": str(files[failure.index]), "error": failure.reason}
+        if "frames" in batch:
+            for key in ("frames", "view_frames", "view_crops"):
+                batch[key] = [tensor.to(device) for tensor in batch[key]]
+            with torch.inference_mode():
+                scores = task.probabilities(task.logits(transform(batch))).cpu()
+            for index, values in zip(batch["index"].tolist(), scores, strict=True):
+                best, places = values.topk(min(top, len(names)))
+                labels = [
+                    {"label": names[place], "score": round(value, 6)}
+                    for value, place in zip(best.tolist(), places.tolist(), strict=True)
+                ]
+                lines[index] = {"path": str(files[index]), "predictions": labels}
+        for index in sorted(lines):
+            yield lines[index]
+
+
+def write_line(file: TextIO, line: dict[str, Any]) -> None:
+    """Write a line at once, so that a stopped run keeps what it has."""
+    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    file.flush()
+
+
+def as_table(lines: list[dict[str, Any]], total: int) -> Table:
+    """Lay the first lines out for the terminal."""
+    table = Table()
+    table.add_column("video", overflow="fold")
+    table.add_column("label")
+    table.add_column("score", justify="right")
+    table.add_column("next", style="dim")
+    for line in lines:
+        name = Path(line["path"]).name
+        if "error" in line:
+            table.add_row(name, f"[red]{escape(line['error'])}[/red]", "", "")
+        else:
+            first, *others = line["predictions"]
+            rest = ", ".join(f"{p['label']} {p['score']:.2f}" for p in others[:2])
+            table.add_row(escape(name), escape(first["label"]), f"{first['score']:.3f}", escape(rest))
+    if total > len(lines):
+        table.add_row(f"... and {total - len(lines)} more", "", "", "")
+    return table
+
+
+def escape(text: str) -> str:
+    """Keep Rich from reading brackets in a name as markup."""
+    return text.replace("[", "\\[")

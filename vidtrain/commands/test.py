@@ -1,0 +1,235 @@
+"""`vidtrain test`: score a checkpoint over many views of each video, and write the report."""
+
+from __future__ import annotations
+
+import csv
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from vidtrain import __version__, build, checkpoint, config
+from vidtrain.types import Failure, UserError
+
+
+def main(cfg: DictConfig) -> int | None:
+    """Score `ckpt` on `split`; what the command line says goes over the checkpoint's config."""
+    from vidtrain.commands.train import quieten
+
+    quieten()
+    console = Console()
+    path = checkpoint.find(cfg.ckpt)
+    saved = checkpoint.load(path)
+    overrides = config.task_overrides()
+    for word in overrides:
+        group = word.partition("=")[0].lstrip("+~")
+        if group in ("model", "task", "experiment"):
+            raise UserError(f"{group}= cannot be changed in a test: it comes out of the checkpoint")
+    given = [word for word in overrides if word.partition("=")[0] not in OF_TEST]
+    merged = config.overlay(checkpoint.config_of(saved), cfg, given)
+    L.seed_everything(merged.seed, workers=True, verbose=False)
+
+    task = checkpoint.build_task(merged, saved, path, cfg.allow)
+    for target in build.targets(merged.data):
+        if not any(word.startswith("data=") for word in overrides):
+            build.check_targets({"_target_": target}, str(path), cfg.allow)
+    data = build.data(merged)
+    data.test_split = data.split_of(cfg.split)
+    compare_labels(saved["vidtrain"]["label_names"], data.label_names, path)
+
+    run_dir = output_folder(cfg, path)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    trainer = build.trainer(cfg, run_dir, build.callbacks(cfg, run_dir), [])
+    run_test(merged, data, task, trainer, run_dir, path, console)
+    return None
+
+
+OF_TEST = ("ckpt", "split", "output", "allow", "test", "resume")
+
+
+def output_folder(cfg: DictConfig, path: Path) -> Path:
+    """Choose where the report goes: `output`, else Hydra's folder of this job."""
+    return Path(cfg.output).expanduser() if cfg.output else config.output_dir()
+
+
+def compare_labels(trained: list[str], tested: list[str], path: Path) -> None:
+    """Refuse to score class numbers that mean something else.
+
+    Raises:
+        UserError: naming the first class that differs.
+    """
+    for number, (ours, theirs) in enumerate(zip(trained, tested, strict=False)):
+        if ours != theirs:
+            raise UserError(
+                f"class {number} is '{ours}' in {path} but '{theirs}' in the data:"
+                " a score would compare different things"
+            )
+    if len(trained) < len(tested):
+        raise UserError(f"the data has {len(tested)} classes, {path} was trained on {len(trained)}")
+
+
+class Predictions(L.Callback):
+    """Collect what a test says of each video, and which it could not read."""
+
+    def __init__(self) -> None:
+        self.scores: dict[int, torch.Tensor] = {}  # row of the split -> (K,)
+        self.failures: list[Failure] = []
+        self.rates: list[float] = []  # frames per second, as the model saw them
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Take a batch."""
+        self.failures += batch["failures"]
+        self.rates += batch["fps"]
+        if outputs:
+            for index, scores in zip(batch["index"].tolist(), outputs["scores"].cpu(), strict=True):
+                self.scores[index] = scores
+
+    def gather(self, world: int) -> None:
+        """Bring all ranks' videos together."""
+        if world > 1:
+            parts: list[Any] = [None] * world
+            torch.distributed.all_gather_object(parts, (self.scores, self.failures, self.rates))
+            self.scores = {k: v for scores, _, _ in parts for k, v in scores.items()}
+            self.failures = [failure for _, failures, _ in parts for failure in failures]
+            self.rates = [rate for _, _, rates in parts for rate in rates]
+
+
+def run_test(
+    cfg: DictConfig,
+    data: Any,
+    task: Any,
+    trainer: L.Trainer,
+    run_dir: Path,
+    ckpt: Path | None,
+    console: Console,
+) -> dict[str, Any]:
+    """Score `data.test_split`, write report.json, predictions.csv and report.html into `run_dir`.
+
+    Raises:
+        UserError: not one video could be scored.
+    """
+    from vidtrain.commands.report import write_report
+
+    began = time.time()
+    predictions = Predictions()
+    trainer.callbacks = [*trainer.callbacks, predictions]  # type: ignore[attr-defined]
+    results = trainer.test(task, datamodule=data, verbose=False)
+    predictions.gather(trainer.world_size)
+    rows = data.dataset(data.test_split, test_views=True).rows
+    if not predictions.scores:
+        first = predictions.failures[0] if predictions.failures else None
+        why = f" ({first.path}: {first.reason})" if first else ""
+        raise UserError(f"none of the {len(rows)} videos of '{data.test_split}' can be scored{why}")
+    metrics = {key: float(value) for key, value in results[0].items()}
+    report = {
+        "vidtrain": __version__,
+        "verb": "test",
+        "created": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "command": task.description.get("command", ""),
+        "model": task.description["model"],
+        "data": data.name,
+        "split": data.test_split,
+        "ckpt": str(ckpt) if ckpt else None,
+        "params": sum(p.numel() for p in task.model.parameters()),
+        "metrics": metrics,
+        "protocol": protocol(data, predictions.rates),
+        "videos": {
+            "asked": len(rows),
+            "scored": len(predictions.scores),
+            "failed": [{"path": f.path, "reason": f.reason} for f in predictions.failures],
+        },
+        "label_names": data.label_names,
+        "multi_label": data.multi_label,
+        "fingerprint": data.manifest.fingerprint,
+        "data_root": str(data.root.resolve()),
+        "seconds": round(time.time() - began, 1),
+    }
+    if trainer.is_global_zero:
+        write_predictions(run_dir / "predictions.csv", rows, predictions.scores, data.label_names)
+        write_json(run_dir / "report.json", report)
+        page = write_report(run_dir)
+        print_report(console, report)
+        console.print(f"report {page}", highlight=False, soft_wrap=True)
+    return report
+
+
+def protocol(data: Any, rates: list[float]) -> dict[str, Any]:
+    """State how a video was looked at; `fps` is what the model saw, [lowest, highest] of the videos."""
+    clip, views = data.clip, data.views
+    size = views["size"] or clip.size
+    low, high = round(min(rates), 2), round(max(rates), 2)
+    return {
+        "frames": clip.num_frames,
+        "stride": clip.stride,
+        "sampling": data.sampling,
+        "clips": views["clips"],
+        "crops": views["crops"],
+        "size": size,
+        "short_side": views["short_side"] or size,
+        "region": data.region,
+        "fps": low if low == high else [low, high],
+    }
+
+
+def write_predictions(
+    path: Path, rows: Any, scores: dict[int, torch.Tensor], names: list[str], best: int = 5
+) -> None:
+    """Write one row per scored video: its label and the best labels with their scores."""
+    best = min(best, len(names))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        heads = [head for k in range(1, best + 1) for head in (f"top{k}", f"top{k}_score")]
+        writer.writerow(["path", "label", *heads])
+        for index in sorted(scores):
+            row = rows.row(index)
+            values, places = scores[index].float().topk(best)
+            cells: list[str] = []
+            for value, place in zip(values.tolist(), places.tolist(), strict=True):
+                cells += [names[place], f"{value:.6f}"]
+            label = "|".join(names[number] for number in row.labels)
+            writer.writerow([row.path, label, *cells])
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def print_report(console: Console, report: dict[str, Any]) -> None:
+    """Print the scores with what they rest on."""
+    shape, videos = report["protocol"], report["videos"]
+    table = Table(
+        title=f"{report['model']} on {report['data']}, {report['split']}: "
+        f"{shape['frames']} frames x {shape['stride']}, "
+        f"{shape['clips']} clips x {shape['crops']} crops of {shape['size']}",
+        title_justify="left",
+    )
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in report["metrics"].items():
+        table.add_row(name, f"{value:.4f}" if name.endswith("loss") else f"{100 * value:.2f} %")
+    console.print(table)
+    missing = videos["asked"] - videos["scored"]
+    console.print(f"on {videos['scored']} of {videos['asked']} videos", highlight=False)
+    if missing:
+        console.print(
+            f"{missing} not scored:", style="bold yellow", highlight=False
+        )
+        for failure in videos["failed"][:5]:
+            console.print(f"  {failure['path']}: {failure['reason']}", markup=False, highlight=False)

@@ -1,0 +1,200 @@
+"""`vidtrain train`: build, fit, and with `test=true` score the best checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+from omegaconf import DictConfig, OmegaConf, open_dict
+from rich.console import Console
+
+from vidtrain import build, checkpoint, config
+from vidtrain.callbacks.checkpoint import Checkpoint, Stopped
+from vidtrain.commands.test import run_test
+from vidtrain.types import UserError
+
+# Keys in which a run that is gone on with may differ from the one that stopped.
+FREE_KEYS = ("resume", "test", "logger", "callbacks", "paths", "debug")
+
+
+def main(cfg: DictConfig) -> float | int | None:
+    """Train. Returns the best validation score (a sweep maximises it), or an exit code above 0."""
+    quieten()
+    began = time.time()
+    console = Console()
+    run_dir = config.output_dir()
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+
+    data = build.data(cfg)
+    if cfg.data.num_classes is None:  # the one thing that only the data can tell
+        with open_dict(cfg):
+            cfg.data.num_classes = len(data.label_names)
+    tell(console, data)
+    data.split_of("train")
+    if cfg.test:
+        data.split_of("test")
+
+    network = build.model(cfg)
+    task = build.task(cfg, network)
+    name = config.choices().get("model", cfg.model._target_)
+    task.description = checkpoint.describe(
+        cfg, name, data.label_names, data.manifest.fingerprint, command()
+    )
+    if cfg.ckpt is not None:
+        start_from(task, checkpoint.find(cfg.ckpt), console)
+    resume_from = find_run(cfg, run_dir, console)
+    if resume_from is not None:
+        made, run_dir = run_dir, resume_from.parent.parent
+        if made != run_dir and made.is_dir() and not any(made.iterdir()):
+            made.rmdir()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(OmegaConf.create(config.resolved(cfg)), run_dir / "config.yaml")
+    console.print(f"run [bold]{run_dir}[/bold]", highlight=False)
+
+    callbacks = build.callbacks(cfg, run_dir)
+    loggers = build.loggers(cfg, run_dir, config.resolved(cfg))
+    trainer = build.trainer(cfg, run_dir, callbacks, loggers)
+    saver = next((c for c in callbacks if isinstance(c, Checkpoint)), None)
+    try:
+        trainer.fit(task, datamodule=data, ckpt_path=resume_from, weights_only=True)
+    except Stopped as stop:
+        console.print(f"{stop}; go on with [bold]resume={run_dir}[/bold]", highlight=False)
+        return stop.code
+    console.print(f"trained in {time.time() - began:.0f} s", highlight=False)
+    score = saver.best_model_score if saver is not None else None
+    if cfg.test:
+        best = Path(saver.best_model_path) if saver and saver.best_model_path else None
+        if best is not None:
+            task.load_state_dict(checkpoint.load(best)["state_dict"])
+        run_test(cfg, data, task, trainer, run_dir, best, console)
+    return float(score) if score is not None else None
+
+
+def quieten() -> None:
+    """Silence Lightning's advice on matters that vidtrain has decided."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")  # ours resumes exactly
+    warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", ".*Experiment logs directory .* exists.*")
+    warnings.filterwarnings("ignore", ".*returned an empty.*|.*Total length of.*zero.*")
+    warnings.filterwarnings("ignore", ".*isinstance.treespec.*|.*LeafSpec.*")
+
+
+def command() -> str:
+    """Give the command line of this job, as one could type it again."""
+    words = config.task_overrides() or sys.argv[1:]
+    return " ".join(["vidtrain", "train", *map(shlex.quote, words)])
+
+
+def tell(console: Console, data: Any) -> None:
+    """Say in a line or two what there is to learn from."""
+    splits = ", ".join(f"{count} {name}" for name, count in data.manifest.splits.items())
+    console.print(f"{data.name}: {len(data.label_names)} classes; {splits}", highlight=False)
+    for note in data.manifest.notes:
+        console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
+    if not data.has_split("val"):
+        console.print(
+            "note: no validation videos, so the last epoch counts as the best"
+            " (data.val_fraction=0.1 takes some from training)",
+            style="yellow",
+            highlight=False,
+        )
+
+
+def start_from(task: Any, path: Path, console: Console) -> None:
+    """Take a checkpoint's weights; a head of another number of classes stays new, and is named.
+
+    Raises:
+        UserError: something else than the head does not fit.
+    """
+    theirs = checkpoint.load(path)["state_dict"]
+    ours = task.state_dict()
+    fits = {k: v for k, v in theirs.items() if k in ours and v.shape == ours[k].shape}
+    new = [key for key in ours if key not in fits and key.startswith("model.")]
+    head = head_keys(task)
+    wrong = [key for key in new if key not in head]
+    if wrong:
+        raise UserError(f"ckpt={path} does not fit this model: {wrong[0]} is missing or of another shape")
+    task.load_state_dict(fits, strict=False)
+    console.print(
+        f"weights from {path}" + (f"; new: {', '.join(new)}" if new else ""), highlight=False
+    )
+
+
+def head_keys(task: Any) -> set[str]:
+    """Find the classifier's parameters: those that `reset_classifier(0)` takes away."""
+    import copy
+
+    bare = copy.deepcopy(task.model)
+    bare.reset_classifier(0)
+    left = {f"model.{key}" for key in bare.state_dict()}
+    return {key for key in task.state_dict() if key.startswith("model.") and key not in left}
+
+
+def find_run(cfg: DictConfig, run_dir: Path, console: Console) -> Path | None:
+    """Find the checkpoint to go on from: `resume=auto` takes the newest unfinished run like this.
+
+    Raises:
+        UserError: `resume` names something without a `last.ckpt`.
+    """
+    if cfg.resume is None:
+        return None
+    if cfg.resume != "auto":
+        path = Path(cfg.resume).expanduser()
+        path = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
+        if not path.is_file():
+            raise UserError(f"resume={cfg.resume}: there is no {path}; name a run's folder")
+        check_same(cfg, path)
+        return path
+    here = config.resolved(cfg)
+    runs = sorted(run_dir.parent.glob("*/checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
+    for path in reversed(runs):
+        saved = path.parent.parent / "config.yaml"
+        if not saved.is_file() or not differences(OmegaConf.load(saved), here) == []:
+            continue
+        if finished(path, cfg):
+            continue
+        console.print(f"going on with {path.parent.parent}", highlight=False)
+        return path
+    console.print("resume=auto: no unfinished run like this one; starting anew", highlight=False)
+    return None
+
+
+def differences(saved: Any, here: dict[str, Any]) -> list[str]:
+    """List the top-level parts in which two configs differ, apart from FREE_KEYS."""
+    before = OmegaConf.to_container(saved) if not isinstance(saved, dict) else saved
+    keys = (set(before) | set(here)) - set(FREE_KEYS)
+    return sorted(key for key in keys if before.get(key) != here.get(key))
+
+
+def check_same(cfg: DictConfig, path: Path) -> None:
+    """Refuse to go on with another model or data than the run had."""
+    saved = checkpoint.load(path)["vidtrain"]["config"]
+    wrong = [k for k in differences(saved, config.resolved(cfg)) if k in ("model", "clip", "task")]
+    if wrong:
+        raise UserError(
+            f"resume={cfg.resume}: that run had another {' and '.join(wrong)};"
+            " give the same settings, or ckpt= to start anew from its weights"
+        )
+
+
+def finished(path: Path, cfg: DictConfig) -> bool:
+    """Say whether a run has done all its epochs or steps."""
+    try:
+        saved = checkpoint.load(path)
+    except UserError:
+        return True  # torn: nothing to go on from
+    epochs, steps = cfg.trainer.max_epochs, cfg.trainer.max_steps
+    progress = saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    done = saved["epoch"] + (1 if progress["is_last_batch"] else 0)
+    enough_steps = steps is not None and 0 < steps <= saved["global_step"]
+    return bool((epochs is not None and 0 < epochs <= done) or enough_steps)

@@ -1,0 +1,311 @@
+"""From a command line to a config and back: find conf/, check it, run a verb under Hydra, save it.
+
+Hydra composes; this file adds what it lacks: values with spaces in file names, the user's own files
+going over ours, and one line that names the nearest right word when a word is wrong.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vidtrain.types import UserError
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+    from omegaconf import DictConfig
+
+# Values that are names of files: Hydra's grammar would trip over their spaces, commas and '='.
+FILE_KEYS = ("ckpt", "input", "output", "resume", "data.root", "data.annotations")
+
+
+def conf_dir() -> Path:
+    """Find conf/: beside the package in a checkout, inside it when installed from a wheel.
+
+    The checkout comes first: an editable install leaves a stale copy inside site-packages.
+    """
+    here = Path(__file__).resolve().parent
+    for candidate in (here.parent / "conf", here / "conf"):
+        if (candidate / "train.yaml").is_file():
+            return candidate
+    raise UserError(f"no conf/ beside or in {here}: install vidtrain again")
+
+
+def user_conf_dirs(args: list[str]) -> tuple[list[Path], list[str]]:
+    """Take `--config-dir DIR` out of the arguments; ./conf counts by itself.
+
+    Returns:
+        The user's folders, the one that wins first, and the arguments that are left.
+    """
+    dirs: list[Path] = []
+    rest: list[str] = []
+    words = iter(args)
+    for word in words:
+        flag, _, value = word.partition("=")
+        if flag in ("--config-dir", "-cd"):
+            folder = Path(value or next(words, ""))
+            if not folder.is_dir():
+                raise UserError(f"--config-dir {folder}: there is no such folder")
+            dirs.append(folder.resolve())
+        else:
+            rest.append(word)
+    own = Path("conf").resolve()
+    if own.is_dir() and own != conf_dir() and own not in dirs:
+        dirs.append(own)
+    return dirs, rest
+
+
+def quote(arg: str) -> str:
+    """Quote a file name for Hydra's grammar: `ckpt=epoch=3.ckpt`, `input=my video (1).mp4`.
+
+    Lists, sweeps of plain words, interpolations, quoted values and `null` stay as they are.
+    """
+    key, equals, value = arg.partition("=")
+    plain = re.fullmatch(r"[\w./~:@%+-]*(,[\w./~:@%+-]+)*", value)
+    if not equals or key.lstrip("+") not in FILE_KEYS or plain or value[:1] in "'\"[{$":
+        return arg
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
+    escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
+    return f"{key}='{escaped}'"
+
+
+def nearest(word: str, words: Sequence[str]) -> str:
+    """Say `; did you mean 'c3d'?` when something is near, else list what there is when it is short."""
+    near = get_close_matches(word, words, n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean '{near[0]}'?"
+    return f"; one of: {', '.join(words)}" if 0 < len(words) <= 40 else ""
+
+
+def _keys(node: Any, prefix: str = "") -> Iterator[str]:
+    """Walk every dotted key of a config."""
+    from omegaconf import OmegaConf
+
+    if OmegaConf.is_dict(node) and not node._is_none() and not node._is_missing():
+        for key in node:
+            yield f"{prefix}{key}"
+            yield from _keys(node._get_node(key), f"{prefix}{key}.")
+
+
+def _first_value(override: Override) -> str:
+    """`model=c3d,i3d` as `model=c3d`: what a check of the other keys composes with."""
+    value = override.value()
+    if override.is_sweep_override():
+        choices = getattr(value, "list", None) or [None]
+        value = choices[0]
+    return f"{override.get_key_element()}={value}"
+
+
+def check_overrides(verb: str, overrides: Sequence[str]) -> None:
+    """Refuse a wrong key or name before Hydra does.
+
+    Raises:
+        UserError: naming the nearest right one.
+    """
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.object_type import ObjectType
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException, OverrideParseException
+    from hydra import compose
+
+    loader = GlobalHydra.instance().config_loader()
+    parser = OverridesParser.create(config_loader=loader)
+    parsed: list[Override] = []
+    for text in overrides:
+        if "=" not in text and not text.startswith("~"):
+            raise UserError(f"cannot read '{text}': write key=value")
+        try:
+            parsed += parser.parse_overrides([text])
+        except OverrideParseException as error:
+            raise UserError(f"cannot read '{text}': {str(error).splitlines()[0]}") from None
+
+    def is_group(name: str) -> bool:
+        return "." not in name and bool(loader.get_group_options(name, ObjectType.CONFIG))
+
+    for override in parsed:
+        group = override.key_or_group
+        if not is_group(group) or override.is_delete():
+            continue
+        values = override.value()
+        values = values.list if override.is_sweep_override() and hasattr(values, "list") else [values]
+        for value in values:
+            for name in map(str, value if isinstance(value, list) else [value]):
+                folder, _, stem = f"{group}/{name}".rpartition("/")
+                known = [
+                    option
+                    for option in loader.get_group_options(folder, ObjectType.CONFIG)
+                    if not option.startswith("_")
+                ]
+                if stem not in known:
+                    if folder == group and group == "experiment":
+                        known = _experiments(loader, group)
+                    raise UserError(f"no {group} '{name}'{nearest(name, known)}")
+    choices = [o for o in parsed if is_group(o.key_or_group)]
+    try:
+        config = compose(verb, [_first_value(o) for o in choices if not o.is_delete()])
+    except HydraException as error:
+        raise UserError(" ".join(str(error).split())) from None
+    known_keys = list(_keys(config))
+    groups = [g for g in loader.get_group_options("", ObjectType.GROUP) if g != "hydra"]
+    for override in parsed:
+        key = override.key_or_group
+        if is_group(key) or override.is_add() or key.split(".")[0] == "hydra":
+            continue
+        if key not in known_keys:
+            word = nearest(key, known_keys + groups)
+            if not word.startswith("; did"):  # the last part may say more than the whole
+                tail = key.rpartition(".")[2]
+                near = [k for k in known_keys if k.rpartition(".")[2] == tail]
+                word = f"; did you mean '{near[0]}'?" if near else ""
+            raise UserError(f"no setting '{key}'{word or f' (vidtrain {verb} --cfg job lists them)'}")
+
+
+def _experiments(loader: Any, group: str) -> list[str]:
+    """List experiments by `<data>/<name>`."""
+    from hydra.core.object_type import ObjectType
+
+    names = list(loader.get_group_options(group, ObjectType.CONFIG))
+    for folder in loader.get_group_options(group, ObjectType.GROUP):
+        inner = loader.get_group_options(f"{group}/{folder}", ObjectType.CONFIG)
+        names += [f"{folder}/{name}" for name in inner]
+    return names
+
+
+def put_on_search_path(dirs: Sequence[Path]) -> None:
+    """Put the user's folders before ours, so that a file of the same name is theirs."""
+    from hydra.core.config_search_path import ConfigSearchPath
+    from hydra.core.plugins import Plugins
+    from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+    class UserConf(SearchPathPlugin):
+        def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+            for folder in reversed(dirs):
+                search_path.prepend("user", f"file://{folder}")
+
+    Plugins.instance().register(UserConf)
+
+
+def run(verb: str, args: list[str]) -> None:
+    """Run a verb under Hydra: compose its config, check it, call `vidtrain.commands.VERB.main`.
+
+    Exits with 2 after a user's mistake, with what the verb returns otherwise (None: 0).
+    """
+    try:
+        dirs, args = user_conf_dirs([quote(arg) for arg in args])
+        import hydra
+        from hydra import initialize_config_dir
+
+        if dirs:
+            put_on_search_path(dirs)
+        overrides = [word for word in args if not word.startswith("-")]
+        asks = any(word in ("-sc", "--shell-completion", "--info", "-i") for word in args)
+        if not asks and "--help" not in args and "-h" not in args:
+            with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+                check_overrides(verb, overrides)
+    except UserError as error:
+        fail(verb, error)
+
+    # Lightning starts other ranks by running sys.argv again; the verb must be in it.
+    sys.argv = [sys.argv[0], *args]
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # a bug is shown whole; a mistake never gets there
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=verb)(_task(verb))()
+    except OmegaConfBaseException as error:
+        fail(verb, UserError(" ".join(str(error).split())))
+
+
+def _task(verb: str) -> Callable[[DictConfig], Any]:
+    """Wrap a verb's main: a mistake becomes one line and exit code 2."""
+
+    def task(cfg: DictConfig) -> Any:
+        from importlib import import_module
+
+        try:
+            missing = sorted(key for key in _missing(cfg) if key in ("ckpt", "input", "action"))
+            if missing:
+                raise UserError(f"{missing[0]} is not set; add {missing[0]}=...")
+            code = import_module(f"vidtrain.commands.{verb}").main(cfg)
+        except UserError as error:
+            fail(verb, error)
+        except KeyboardInterrupt:
+            print(f"\nvidtrain {verb}: interrupted", file=sys.stderr)
+            sys.exit(130)
+        if isinstance(code, int) and not isinstance(code, bool) and code:
+            sys.exit(code)
+        return code
+
+    return task
+
+
+def _missing(cfg: DictConfig) -> set[str]:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.missing_keys(cfg)
+
+
+def fail(verb: str, error: UserError) -> None:
+    """Print one line and stop with exit code 2."""
+    print(f"vidtrain {verb}: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def task_overrides() -> list[str]:
+    """List the `key=value` words of this job, as the user wrote them."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def output_dir() -> Path:
+    """Where Hydra made this job's folder."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return Path(HydraConfig.get().runtime.output_dir if HydraConfig.initialized() else ".")
+
+
+def choices() -> dict[str, str]:
+    """Name the file chosen for each group: `{"model": "c3d", "data": "demo", ...}`."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return dict(HydraConfig.get().runtime.choices) if HydraConfig.initialized() else {}
+
+
+def resolved(cfg: DictConfig) -> dict[str, Any]:
+    """Turn a config into plain values, every interpolation followed."""
+    from omegaconf import OmegaConf
+
+    container = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def overlay(saved: DictConfig, given: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """Lay what the user wrote on the command line over a config that came out of a checkpoint.
+
+    Args:
+        saved: the checkpoint's config, interpolations alive.
+        given: the config that this command line composed.
+        overrides: its `key=value` words. A group (`data=ucf101`) replaces the whole group; a key
+            replaces one value. Nothing else of `given` is taken.
+    """
+    from omegaconf import OmegaConf, open_dict
+
+    merged = copy.deepcopy(saved)
+    with open_dict(merged):
+        for word in overrides:
+            key = word.partition("=")[0].lstrip("+~").partition("@")[0]
+            value = OmegaConf.select(given, key)
+            node = given._get_node(key) if "." not in key else None
+            if node is not None and OmegaConf.is_dict(node):
+                merged[key] = copy.deepcopy(node)
+            else:
+                OmegaConf.update(merged, key, value, force_add=True)
+    return merged

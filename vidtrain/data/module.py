@@ -1,0 +1,295 @@
+"""VideoDataModule: from a dataset's own files to batches on the device."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+from torch.utils.data import DataLoader
+
+from vidtrain.data import manifest
+from vidtrain.data.collate import collate
+from vidtrain.data.dataset import VideoDataset
+from vidtrain.data.manifest import Annotations, Manifest, Row
+from vidtrain.data.order import EvaluationOrder, TrainingOrder
+from vidtrain.data.prepare.splits import carve_validation
+from vidtrain.data.transforms.device import DeviceTransform
+from vidtrain.data.transforms.sample import Augment
+from vidtrain.types import Clip, UserError
+
+
+class Split:
+    """The rows of one split of a manifest."""
+
+    def __init__(self, source: Manifest, name: str) -> None:
+        self.source, self.name = source, name
+        self.numbers = source.split(name)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def row(self, index: int) -> Row:
+        """Give row `index` of the split."""
+        return self.source.row(int(self.numbers[index]))
+
+    def absolute_path(self, row: Row) -> Path:
+        """Say where the row's video lies."""
+        return self.source.absolute_path(row)
+
+
+class VideoDataModule(L.LightningDataModule):
+    """The data of one run: manifest, loaders, device transform.
+
+    Args:
+        name: of the dataset, for reports.
+        root: the folder of the videos.
+        prepare: called as `prepare()`, reads the dataset's annotation files; runs when there is no
+            manifest of these settings yet.
+        num_classes: None where only the data can tell (`data=folder`).
+        clip, augment, views: as in conf/.
+        sampling: `random` or `segments`.
+        region: `[left, top, width, height]`, relative, cut out before everything else.
+        hflip: False where left and right are classes: no flip, whatever `augment` says.
+        multi_label: labels are sets.
+        val_fraction: of the training rows (whole groups of them) that becomes the validation split
+            where the dataset has none; 0 leaves it without.
+        on_error: what a video does that cannot be read: `skip` or `raise`.
+        max_failures: share of an epoch (read by a callback).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        root: str,
+        prepare: Callable[[], Annotations],
+        num_classes: int | None,
+        clip: Clip,
+        augment: dict[str, Any],
+        views: dict[str, Any],
+        sampling: str = "random",
+        past_end: str = "hold",
+        region: Sequence[float] | None = None,
+        hflip: bool = True,
+        multi_label: bool = False,
+        val_fraction: float = 0.0,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        workers: int | str = "auto",
+        decoder: str = "auto",
+        on_error: str = "skip",
+        max_failures: float = 0.1,
+        shuffle: bool = True,
+        cache: str = "~/.cache/vidtrain",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.name, self.root = name, Path(root).expanduser()
+        self.prepare, self.num_classes, self.clip = prepare, num_classes, clip
+        self.augment = Augment(**{**augment, **({} if hflip else {"hflip": 0.0})})
+        self.views = views
+        self.sampling, self.past_end, self.region = sampling, past_end, region
+        self.multi_label, self.val_fraction = multi_label, val_fraction
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.workers = default_workers() if workers == "auto" else int(workers)
+        self.decoder, self.on_error, self.max_failures = decoder, on_error, max_failures
+        self.shuffle, self.cache, self.seed = shuffle, Path(cache).expanduser(), seed
+        self.transform = DeviceTransform(clip.mean, clip.std, self.augment.color)
+        self.start_at = (0, 0)  # epoch and batch; a resumed run sets it
+        self._manifest: Manifest | None = None
+
+    # --- the manifest -------------------------------------------------------------------------
+
+    def manifest_path(self) -> Path:
+        """Name the manifest by everything that decides what is in it."""
+        options = getattr(self.prepare, "keywords", {})
+        facts = [str(self.root.resolve()), options, self.val_fraction, self.multi_label, self.seed]
+        facts.append(annotation_files(self.root, options))
+        digest = hashlib.blake2b(
+            json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=8
+        ).hexdigest()
+        return self.cache / f"{self.name}-{digest}.arrow"
+
+    def write_manifest(self) -> Manifest:
+        """Read the annotations anew and write the manifest."""
+        annotations = self.prepare()
+        annotations = carve_validation(annotations, self.val_fraction, self.seed)
+        path = self.manifest_path()
+        manifest.save(annotations, path, self.name, self.root)
+        self._manifest = Manifest(path)
+        return self._manifest
+
+    @property
+    def manifest(self) -> Manifest:
+        """The dataset's manifest, prepared on first use.
+
+        Raises:
+            UserError: the dataset is not there or not as its settings say.
+        """
+        if self._manifest is None:
+            path = self.manifest_path()
+            found = Manifest(path) if path.is_file() else self.write_manifest()
+            if self.num_classes is None:
+                self.num_classes = len(found.label_names)
+            self.check(found)
+            self._manifest = found
+        return self._manifest
+
+    def check(self, found: Manifest) -> None:
+        """Refuse a manifest that the model could not be trained on."""
+        names = len(found.label_names)
+        if names > (self.num_classes or 0):
+            raise UserError(
+                f"data.num_classes is {self.num_classes}, but {self.name} under {self.root}"
+                f" has {names} classes; set data.num_classes={names}"
+            )
+
+    @property
+    def label_names(self) -> list[str]:
+        """Names of the classes, in the order of their numbers."""
+        return list(self.manifest.label_names)
+
+    def prepare_data(self) -> None:
+        """Make the manifest on one rank, before the others look for it."""
+        _ = self.manifest
+
+    # --- datasets -----------------------------------------------------------------------------
+
+    def dataset(self, split: str, *, training: bool = False, test_views: bool = False) -> VideoDataset:
+        """Make the dataset of a split: random clips for training, else one view or the test views."""
+        views = self.views if test_views else {"clips": 1, "crops": 1}
+        return VideoDataset(
+            Split(self.manifest, split),
+            self.clip,
+            augment=self.augment if training else None,
+            clips=views["clips"],
+            crops=views["crops"],
+            short_side=None if training else self.views["short_side"],
+            size=None if training else self.views["size"],
+            how=self.sampling,
+            past_end=self.past_end,  # type: ignore[arg-type]
+            region=self.region,
+            decoder=self.decoder,
+            num_classes=self.num_classes if self.multi_label else None,
+            on_error=self.on_error,
+        )
+
+    def has_split(self, name: str) -> bool:
+        """Say whether the dataset has rows of this split."""
+        return self.manifest.splits.get(name, 0) > 0
+
+    def split_of(self, name: str) -> str:
+        """Check a split's name.
+
+        Raises:
+            UserError: naming the splits there are.
+        """
+        if not self.has_split(name):
+            there = ", ".join(f"{key} ({count})" for key, count in self.manifest.splits.items())
+            raise UserError(f"{self.name} has no '{name}' split; it has {there}")
+        return name
+
+    # --- loaders ------------------------------------------------------------------------------
+
+    def _rank(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _loader(self, dataset: VideoDataset, order: Any) -> DataLoader[Any]:
+        return DataLoader(
+            dataset,
+            batch_sampler=order,
+            num_workers=self.workers,
+            collate_fn=collate,
+            pin_memory=_has_cuda(),
+            persistent_workers=self.workers > 0,
+            worker_init_fn=start_worker,
+        )
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Random clips of the training split, an order of its own each epoch."""
+        dataset = self.dataset(self.split_of("train"), training=True)
+        order = TrainingOrder(len(dataset), self.batch_size, self.seed, *self._rank(), self.shuffle)
+        order.epoch, order.start = self.start_at
+        return self._loader(dataset, order)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """The middle clip of each validation video; nothing where there are none."""
+        if not self.has_split("val"):
+            return []
+        dataset = self.dataset("val")
+        size = self.eval_batch_size or self.batch_size
+        return self._loader(dataset, EvaluationOrder(len(dataset), size, *self._rank()))
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """All views of each test video."""
+        dataset = self.dataset(self.split_of(self.test_split), test_views=True)
+        size = self.eval_batch_size or 1
+        return self._loader(dataset, EvaluationOrder(len(dataset), size, *self._rank()))
+
+    test_split = "test"
+
+    # --- on the device ------------------------------------------------------------------------
+
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Step 7 of the data's way: views gathered, float, normalised, C before T."""
+        self.transform.train(bool(self.trainer and self.trainer.training))
+        transformed: dict[str, Any] = self.transform(batch)
+        return transformed
+
+
+def default_workers() -> int:
+    """One decoding process a core that we may use, at most 16."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(16, cores)
+
+
+def start_worker(_: int) -> None:
+    """Keep a worker to one thread (the workers fill the cores by their number), deaf to Ctrl-C.
+
+    The main process finishes its step and stops; a worker that died at once would fail that step.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def annotation_files(root: Path, options: dict[str, Any]) -> list[tuple[str, int, int]]:
+    """List what the manifest was made from, so that a change of it makes another manifest.
+
+    Annotation files by size and time; folders of the first two levels by time, since a folder's
+    time changes when a file comes or goes.
+    """
+    seen: list[Path] = []
+    named = options.get("annotations")
+    if named:
+        seen.append(Path(named) if Path(named).is_absolute() else root / named)
+    if root.is_dir():
+        for path in sorted(root.iterdir()):
+            seen.append(path)
+            if path.is_dir():
+                seen += sorted(p for p in path.iterdir() if p.is_dir() or is_list(p))
+    facts = []
+    for path in [root, *seen]:
+        if path.exists() and (path.is_dir() or is_list(path)):
+            stat = path.stat()
+            facts.append((str(path), 0 if path.is_dir() else stat.st_size, stat.st_mtime_ns))
+    return facts
+
+
+def is_list(path: Path) -> bool:
+    """Say whether a file may hold annotations."""
+    return path.suffix.lower() in {".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet", ".gz"}
+
+

@@ -1,0 +1,16 @@
+"""Losses over class scores."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Mean cross-entropy of `(B, K)` logits with classes `(B,)` or distributions `(B, K)`."""
+    return F.cross_entropy(logits, target, label_smoothing=label_smoothing)
+
+
+def binary_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean over videos and classes of the binary cross-entropy with `(B, K)` zeros and ones."""
+    return F.binary_cross_entropy_with_logits(logits, target)

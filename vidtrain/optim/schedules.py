@@ -1,0 +1,91 @@
+"""Optimizers with their schedules: what `conf/optim/` points at.
+
+Each takes a module and the number of optimizer steps to come, and returns the dictionary that
+Lightning's `configure_optimizers` wants. Schedules are counted in shares of all steps, so that a
+recipe holds for a longer run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from vidtrain.optim.groups import decay_groups
+from vidtrain.types import UserError
+
+
+def rate(
+    step: int, total: int, schedule: str, warmup: float, milestones: Sequence[float], gamma: float
+) -> float:
+    """Give the learning rate of a step, as a multiple of the base rate.
+
+    Linear warm-up over the first `warmup` share of all steps, then `cosine` down to 0, `step`
+    (times `gamma` at each milestone, shares of all steps) or `constant`.
+    """
+    done = step / max(1, total)
+    if done < warmup:
+        return (step + 1) / max(1.0, warmup * total + 1)
+    if schedule == "constant":
+        return 1.0
+    if schedule == "step":
+        return gamma ** sum(done >= milestone for milestone in milestones)
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (done - warmup) / (1 - warmup))))
+    raise UserError(f"optim.schedule is '{schedule}'; it is cosine, step or constant")
+
+
+def with_schedule(
+    optimizer: torch.optim.Optimizer,
+    total: int,
+    schedule: str = "constant",
+    warmup: float = 0.0,
+    milestones: Sequence[float] = (),
+    gamma: float = 0.1,
+) -> dict[str, Any]:
+    """Pair an optimizer with its schedule, stepped after every optimizer step."""
+    if not 0 <= warmup < 1:
+        raise UserError(f"optim.warmup is {warmup}; it is a share of all steps, from 0 to below 1")
+    rate(0, total, schedule, 0.0, milestones, gamma)  # refuse a wrong name before the first step
+    factor: Callable[[int], float] = lambda step: rate(  # noqa: E731
+        step, total, schedule, warmup, milestones, gamma
+    )
+    return {
+        "optimizer": optimizer,
+        "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"},
+    }
+
+
+def sgd(
+    module: nn.Module,
+    total: int,
+    *,
+    lr: float,
+    momentum: float = 0.9,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    **schedule: Any,
+) -> dict[str, Any]:
+    """SGD with momentum."""
+    groups = decay_groups(module, weight_decay)
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov)
+    return with_schedule(optimizer, total, **schedule)
+
+
+def adamw(
+    module: nn.Module,
+    total: int,
+    *,
+    lr: float,
+    betas: Sequence[float] = (0.9, 0.999),
+    weight_decay: float = 0.05,
+    **schedule: Any,
+) -> dict[str, Any]:
+    """AdamW (Loshchilov & Hutter 2019)."""
+    groups = decay_groups(module, weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]))
+    return with_schedule(optimizer, total, **schedule)

@@ -1,0 +1,79 @@
+"""Classification: one label a video, or many."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torchmetrics import MetricCollection
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MultilabelAveragePrecision,
+)
+
+from vidtrain.losses.classification import binary_cross_entropy, cross_entropy
+from vidtrain.metrics.hit import Hit
+from vidtrain.tasks.base import StepOutput, VideoTask
+
+
+class Classification(VideoTask):
+    """Cross-entropy for one label, binary cross-entropy for many; scores averaged over views.
+
+    A video's score is the mean over its views of the softmax (sigmoid with many labels), as the
+    papers test. Metrics: top-1, top-5 and the mean over classes of their accuracy; with many labels
+    mAP (mean over classes of the average precision) and Sports-1M's hit@1 and hit@5.
+    """
+
+    def __init__(self, num_classes: int, multi_label: bool = False, label_smoothing: float = 0.0):
+        self.num_classes, self.multi_label = num_classes, multi_label
+        self.label_smoothing = label_smoothing
+        super().__init__()
+
+    def metrics(self) -> MetricCollection:
+        """Make the metrics of whole videos."""
+        top5 = min(5, self.num_classes)
+        if self.multi_label:
+            return MetricCollection(
+                {
+                    "mAP": MultilabelAveragePrecision(self.num_classes),
+                    "hit1": Hit(1),
+                    "hit5": Hit(top5),
+                }
+            )
+        return MetricCollection(
+            {
+                "top1": MulticlassAccuracy(self.num_classes, top_k=1, average="micro"),
+                "top5": MulticlassAccuracy(self.num_classes, top_k=top5, average="micro"),
+                "mean_class": MulticlassAccuracy(self.num_classes, average="macro"),
+            },
+            compute_groups=False,
+        )
+
+    def clip_metrics(self) -> MetricCollection:
+        """Make the metrics of single views."""
+        if self.multi_label:
+            return MetricCollection({"hit1": Hit(1), "hit5": Hit(min(5, self.num_classes))})
+        return MetricCollection(
+            {"top1": MulticlassAccuracy(self.num_classes, top_k=1, average="micro")}
+        )
+
+    def step(self, batch: dict[str, Any]) -> StepOutput:
+        """Score a batch; the loss is the mean over views."""
+        logits = self.logits(batch).float()  # (B, V, K)
+        target = batch["label"]
+        repeated = target.repeat_interleave(logits.shape[1], 0)  # (B·V, ...)
+        if self.multi_label:
+            loss = binary_cross_entropy(logits.flatten(0, 1), repeated)
+            scores = logits.sigmoid()
+            target = target.int()
+        else:
+            smoothing = self.label_smoothing if self.training else 0.0
+            loss = cross_entropy(logits.flatten(0, 1), repeated, smoothing)
+            scores = logits.softmax(-1)
+        scores = scores.detach()
+        return StepOutput(loss, scores.mean(1), scores, target)
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """Turn `(B, V, K)` logits into `(B, K)` scores of videos."""
+        scores = logits.float().sigmoid() if self.multi_label else logits.float().softmax(-1)
+        return scores.mean(1)
