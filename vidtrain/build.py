@@ -46,20 +46,28 @@ def instantiate(node: Any, **kwargs: Any) -> Any:
     try:
         return hydra.utils.instantiate(node, _convert_="all", **kwargs)
     except InstantiationException as error:
-        cause: BaseException | None = error
-        while cause is not None:
+        chain = list(_chain(error))
+        for cause in chain:
             if isinstance(cause, UserError):
                 raise cause from None
-            if cause.__cause__ is None:
-                break
-            cause = cause.__cause__
-        if isinstance(cause, (TypeError, ImportError, AttributeError)) and _at_the_door(cause):
-            raise UserError(" ".join(str(error).split())) from None
+        first, last = chain[0], chain[-1]
+        if str(first).startswith("Error locating target"):
+            name = OmegaConf.create(node)._get_node("_target_")
+            raise UserError(f"cannot find '{name}': {' '.join(str(last).split())}") from None
+        if isinstance(last, TypeError) and _at_the_door(last):
+            raise UserError(" ".join(str(first).split())) from None
         raise
 
 
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Walk from an error to what caused it."""
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
 def _at_the_door(error: BaseException) -> bool:
-    """Tell a call with wrong arguments, or a name that is not there, from a bug inside the callee."""
+    """Tell a call with wrong arguments from a bug inside the callee."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -89,18 +97,12 @@ def check_targets(node: Any, source: str, allow: Sequence[str] = ()) -> None:
     Raises:
         UserError: naming the target and how to allow it.
     """
-    from importlib import import_module
-
     for target in targets(node):
         if target in allow:
             continue
-        module, _, name = target.rpartition(".")
-        found = None
-        if any(module == part or (part[-1] == "." and module.startswith(part)) for part in SHIPPED):
-            try:
-                found = getattr(import_module(module), name, None)
-            except ImportError:
-                found = None
+        module = target.rpartition(".")[0]
+        shipped = any(module == part or (part[-1] == "." and module.startswith(part)) for part in SHIPPED)
+        found = locate(target) if shipped else None
         if not callable(found) or getattr(found, "__module__", None) != module:
             raise UserError(
                 f"{source} wants to build '{target}', which vidtrain does not ship;"
@@ -108,13 +110,22 @@ def check_targets(node: Any, source: str, allow: Sequence[str] = ()) -> None:
             )
 
 
+def locate(target: str) -> Any:
+    """Import what a `_target_` names: its file, then its name. None where there is no such thing."""
+    from importlib import import_module
+
+    module, _, name = target.rpartition(".")
+    try:
+        return getattr(import_module(module), name, None)
+    except (ImportError, ValueError):
+        return None
+
+
 def data(cfg: DictConfig) -> VideoDataModule:
     """Build the data module of `cfg.data`.
 
     Keys that are arguments of the dataset's prepare function go there, the rest to the module.
     """
-    from hydra.utils import get_method
-
     from vidtrain.data.module import VideoDataModule
 
     node = OmegaConf.to_container(cfg.data, resolve=True)
@@ -122,10 +133,10 @@ def data(cfg: DictConfig) -> VideoDataModule:
     prepare = node.pop("prepare")
     if not isinstance(prepare, dict) or "_target_" not in prepare:
         raise UserError("data.prepare needs a _target_: the function that reads the annotations")
-    try:
-        wanted = inspect.signature(get_method(prepare["_target_"])).parameters
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"data.prepare: {' '.join(str(error).split())}") from None
+    function = locate(prepare["_target_"])
+    if not callable(function):
+        raise UserError(f"data.prepare: there is no '{prepare['_target_']}'")
+    wanted = inspect.signature(function).parameters
     own = inspect.signature(VideoDataModule.__init__).parameters
     for key in [key for key in node if key in wanted]:
         prepare[key] = node[key] if key in own else node.pop(key)
@@ -170,11 +181,10 @@ def callbacks(cfg: DictConfig, run_dir: Path) -> list[Callback]:
     return built
 
 
-def loggers(cfg: DictConfig, run_dir: Path, config: dict[str, Any]) -> list[Logger]:
+def loggers(cfg: DictConfig, run_dir: Path) -> list[Logger]:
     """Build the loggers of `cfg.logger`; they write into the run's folder."""
-    built: list[Logger] = instantiate(
-        cfg.logger, run_dir=str(run_dir), config=config, name=run_dir.name
-    )
+    config = OmegaConf.to_container(cfg, resolve=True)
+    built: list[Logger] = instantiate(cfg.logger, run_dir=str(run_dir), resolved=config)
     return built
 
 
@@ -188,9 +198,13 @@ def trainer(
         use_distributed_sampler=False,  # the data module deals out the rows itself
         enable_model_summary=False,
         enable_progress_bar=False,  # ours is a callback
-        enable_checkpointing=None,
-        _recursive_=True,
+        enable_checkpointing=False,  # so is this
+        logger=False,
     )
+    from lightning.pytorch.callbacks import LearningRateMonitor
+
+    if not loggers:  # it refuses to run for nobody
+        callbacks = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
     # Set after the fact: Hydra would turn callbacks and loggers into configs.
     built.callbacks = [*built.callbacks, *callbacks]
     built.loggers = loggers

@@ -74,8 +74,7 @@ def load(path: Path) -> dict[str, Any]:
         ) from None
     except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError, OSError) as error:
         raise UserError(
-            f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0]});"
-            " is it complete?"
+            f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0]}); is it complete?"
         ) from None
     if not isinstance(checkpoint, dict) or "vidtrain" not in checkpoint:
         raise UserError(f"{path} is not a checkpoint of vidtrain: it does not describe itself")
@@ -104,6 +103,8 @@ def build_task(
         task.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()[1:]]
-        raise UserError(f"{source} does not fit its own config: {lines[0] if lines else error}") from None
+        raise UserError(
+            f"{source} does not fit its own config: {lines[0] if lines else error}"
+        ) from None
     task.description = checkpoint["vidtrain"]
     return task

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 # Values that are names of files: Hydra's grammar would trip over their spaces, commas and '='.
 FILE_KEYS = ("ckpt", "input", "output", "resume", "data.root", "data.annotations")
 
+# What a verb cannot do without.
+REQUIRED = {"test": ("ckpt",), "predict": ("ckpt", "input"), "data": ("action",)}
+
 
 def conf_dir() -> Path:
     """Find conf/: beside the package in a checkout, inside it when installed from a wheel.
@@ -61,14 +64,16 @@ def user_conf_dirs(args: list[str]) -> tuple[list[Path], list[str]]:
     return dirs, rest
 
 
-def quote(arg: str) -> str:
+def quote(arg: str, sweep: bool = False) -> str:
     """Quote a file name for Hydra's grammar: `ckpt=epoch=3.ckpt`, `input=my video (1).mp4`.
 
-    Lists, sweeps of plain words, interpolations, quoted values and `null` stay as they are.
+    Interpolations, quoted values, `null` and, in a sweep, words between commas stay as they are.
     """
     key, equals, value = arg.partition("=")
-    plain = re.fullmatch(r"[\w./~:@%+-]*(,[\w./~:@%+-]+)*", value)
-    if not equals or key.lstrip("+") not in FILE_KEYS or plain or value[:1] in "'\"[{$":
+    plain = r"[\w./~:@%+-]*" + (r"(,[\w./~:@%+-]+)*" if sweep else "")
+    if not equals or key.lstrip("+") not in FILE_KEYS or re.fullmatch(plain, value):
+        return arg
+    if value.startswith("${") or (len(value) > 1 and value[0] == value[-1] and value[0] in "'\""):
         return arg
     escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
     escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
@@ -108,11 +113,12 @@ def check_overrides(verb: str, overrides: Sequence[str]) -> None:
     Raises:
         UserError: naming the nearest right one.
     """
+    from hydra import compose
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.object_type import ObjectType
     from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import ChoiceSweep
     from hydra.errors import HydraException, OverrideParseException
-    from hydra import compose
 
     loader = GlobalHydra.instance().config_loader()
     parser = OverridesParser.create(config_loader=loader)
@@ -132,9 +138,8 @@ def check_overrides(verb: str, overrides: Sequence[str]) -> None:
         group = override.key_or_group
         if not is_group(group) or override.is_delete():
             continue
-        values = override.value()
-        values = values.list if override.is_sweep_override() and hasattr(values, "list") else [values]
-        for value in values:
+        value: Any = override.value()
+        for value in value.list if isinstance(value, ChoiceSweep) else [value]:
             for name in map(str, value if isinstance(value, list) else [value]):
                 folder, _, stem = f"{group}/{name}".rpartition("/")
                 known = [
@@ -150,7 +155,7 @@ def check_overrides(verb: str, overrides: Sequence[str]) -> None:
     try:
         config = compose(verb, [_first_value(o) for o in choices if not o.is_delete()])
     except HydraException as error:
-        raise UserError(" ".join(str(error).split())) from None
+        raise UserError(one_line(error)) from None
     known_keys = list(_keys(config))
     groups = [g for g in loader.get_group_options("", ObjectType.GROUP) if g != "hydra"]
     for override in parsed:
@@ -163,7 +168,16 @@ def check_overrides(verb: str, overrides: Sequence[str]) -> None:
                 tail = key.rpartition(".")[2]
                 near = [k for k in known_keys if k.rpartition(".")[2] == tail]
                 word = f"; did you mean '{near[0]}'?" if near else ""
-            raise UserError(f"no setting '{key}'{word or f' (vidtrain {verb} --cfg job lists them)'}")
+            raise UserError(
+                f"no setting '{key}'{word or f' (vidtrain {verb} --cfg job lists them)'}"
+            )
+
+
+def one_line(error: BaseException) -> str:
+    """Put an error of Hydra or OmegaConf into one line; some say nothing themselves."""
+    while not str(error).strip() and error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _experiments(loader: Any, group: str) -> list[str]:
@@ -197,29 +211,32 @@ def run(verb: str, args: list[str]) -> None:
     Exits with 2 after a user's mistake, with what the verb returns otherwise (None: 0).
     """
     try:
-        dirs, args = user_conf_dirs([quote(arg) for arg in args])
+        sweep = "-m" in args or "--multirun" in args
+        dirs, args = user_conf_dirs([quote(arg, sweep) for arg in args])
         import hydra
         from hydra import initialize_config_dir
+        from hydra._internal.utils import get_args_parser
 
         if dirs:
             put_on_search_path(dirs)
-        overrides = [word for word in args if not word.startswith("-")]
-        asks = any(word in ("-sc", "--shell-completion", "--info", "-i") for word in args)
-        if not asks and "--help" not in args and "-h" not in args:
+        parsed = get_args_parser().parse_args(args)
+        if not (parsed.help or parsed.hydra_help or parsed.info or parsed.shell_completion):
             with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-                check_overrides(verb, overrides)
+                check_overrides(verb, parsed.overrides)
     except UserError as error:
         fail(verb, error)
 
     # Lightning starts other ranks by running sys.argv again; the verb must be in it.
     sys.argv = [sys.argv[0], *args]
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # a bug is shown whole; a mistake never gets there
+    os.environ.setdefault(
+        "HYDRA_FULL_ERROR", "1"
+    )  # a bug is shown whole; a mistake never gets there
     from omegaconf.errors import OmegaConfBaseException
 
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=verb)(_task(verb))()
     except OmegaConfBaseException as error:
-        fail(verb, UserError(" ".join(str(error).split())))
+        fail(verb, UserError(one_line(error)))
 
 
 def _task(verb: str) -> Callable[[DictConfig], Any]:
@@ -228,10 +245,12 @@ def _task(verb: str) -> Callable[[DictConfig], Any]:
     def task(cfg: DictConfig) -> Any:
         from importlib import import_module
 
+        from omegaconf import OmegaConf
+
         try:
-            missing = sorted(key for key in _missing(cfg) if key in ("ckpt", "input", "action"))
-            if missing:
-                raise UserError(f"{missing[0]} is not set; add {missing[0]}=...")
+            for key in REQUIRED.get(verb, ()):
+                if OmegaConf.is_missing(cfg, key) or cfg[key] is None:
+                    raise UserError(f"{key} is not set; add {key}=...")
             code = import_module(f"vidtrain.commands.{verb}").main(cfg)
         except UserError as error:
             fail(verb, error)
@@ -243,12 +262,6 @@ def _task(verb: str) -> Callable[[DictConfig], Any]:
         return code
 
     return task
-
-
-def _missing(cfg: DictConfig) -> set[str]:
-    from omegaconf import OmegaConf
-
-    return OmegaConf.missing_keys(cfg)
 
 
 def fail(verb: str, error: UserError) -> None:

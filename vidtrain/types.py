@@ -61,7 +61,9 @@ class Clip:
             if getattr(self, name) < 1:
                 raise UserError(f"clip.{name} is {getattr(self, name)}; it must be at least 1")
         if self.fps is not None and self.fps <= 0:
-            raise UserError(f"clip.fps is {self.fps}; it must be above 0, or null for the video's own rate")
+            raise UserError(
+                f"clip.fps is {self.fps}; it must be above 0, or null for the video's own rate"
+            )
         if len(self.mean) != 3 or len(self.std) != 3:
             raise UserError("clip.mean and clip.std take three numbers each, for R, G and B")
 
@@ -69,7 +71,7 @@ class Clip:
 class Failure(NamedTuple):
     """One row whose video could not be read."""
 
-    index: int  # the row of the split
+    row: int  # of the split
     path: str
     reason: str
 
@@ -83,6 +85,7 @@ class Sample(TypedDict, total=False):
     view_crops: Tensor  # (V, 3) int64, and where it lies in them: top, left, size
     label: Tensor  # () int64, or (K,) float32 of zeros and ones
     index: int  # the row of the split
+    seed: int  # of this sample's random draws
     fps: float  # frames per second as the model sees them
     failures: list[Failure]  # rows that this sample stands in for, or itself
 

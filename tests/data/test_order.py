@@ -12,7 +12,9 @@ def epoch(order, number):
     return list(order)
 
 
-@pytest.mark.parametrize(("rows", "world", "batch"), [(64, 1, 8), (64, 4, 2), (67, 4, 2), (7, 2, 3)])
+@pytest.mark.parametrize(
+    ("rows", "world", "batch"), [(64, 1, 8), (64, 4, 2), (67, 4, 2), (7, 2, 3)]
+)
 def test_training_sees_each_row_at_most_once_and_ranks_are_even(rows, world, batch):
     orders = [TrainingOrder(rows, batch, 0, rank, world) for rank in range(world)]
     batches = [epoch(order, 0) for order in orders]

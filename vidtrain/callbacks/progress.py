@@ -36,8 +36,8 @@ class Bar(RichProgressBar):
 class Lines(ProgressBar):
     """One line an epoch: for logs, pipes and clusters."""
 
-    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """Note the time and what was measured in the epoch."""
+    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Note the time; a run that goes on in the middle of an epoch starts none."""
         self._began = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -49,7 +49,8 @@ class Lines(ProgressBar):
         }
         words = [f"{key} {value:.4f}" for key, value in metrics.items()]
         words += [f"{key} {value}" for key, value in measured(trainer).items()]
-        seconds = time.perf_counter() - self._began
+        now = time.perf_counter()
+        seconds, self._began = now - self._began, now
         print(
             f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {'  '.join(words)}"
             f"  {seconds:.1f} s",

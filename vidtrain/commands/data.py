@@ -37,7 +37,9 @@ def rows_of(cfg: DictConfig, data: Any) -> list[Any]:
 def prepare(cfg: DictConfig, data: Any, console: Console) -> None:
     """Read the annotations anew and write the manifest."""
     found = data.write_manifest()
-    console.print(f"{data.name}: {len(found)} rows, {len(found.label_names)} classes", highlight=False)
+    console.print(
+        f"{data.name}: {len(found)} rows, {len(found.label_names)} classes", highlight=False
+    )
     print_counts(console, found)
     for note in found.notes:
         console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
@@ -76,7 +78,9 @@ def check(cfg: DictConfig, data: Any, console: Console) -> int:
     bad = [probe for probe in probes if not probe.ok]
     print_counts(console, data.manifest)
     for probe in bad:
-        console.print(f"unusable: {probe.path}: {probe.error}", style="red", markup=False, soft_wrap=True)
+        console.print(
+            f"unusable: {probe.path}: {probe.error}", style="red", markup=False, soft_wrap=True
+        )
     found = leaks(
         (str(data.manifest.absolute_path(row)), row.split, row.group, row.labels) for row in rows
     )
@@ -99,7 +103,9 @@ def stats(cfg: DictConfig, data: Any, console: Console) -> None:
     names = data.label_names
     splits = list(data.manifest.splits)
     counts = Counter((label, row.split) for row in rows for label in row.labels)
-    table = Table(title=f"{data.name}: {len(rows)} videos, {len(names)} classes", title_justify="left")
+    table = Table(
+        title=f"{data.name}: {len(rows)} videos, {len(names)} classes", title_justify="left"
+    )
     table.add_column("class")
     for split in splits:
         table.add_column(split, justify="right")
@@ -121,10 +127,14 @@ def stats(cfg: DictConfig, data: Any, console: Console) -> None:
                 failed += 1
             bar.advance(bar_of_files)
     if not seconds:
-        raise UserError(f"none of the {len(some)} videos can be opened; vidtrain data action=check says why")
+        raise UserError(
+            f"none of the {len(some)} videos can be opened; vidtrain data action=check says why"
+        )
     low, median, high = np.percentile(seconds, [0, 50, 100])
     facts = Table(title=f"of {len(seconds)} videos", title_justify="left", show_header=False)
-    facts.add_row("seconds", f"{low:.2f} to {high:.2f}, median {median:.2f}, {sum(seconds) / 3600:.2f} h")
+    facts.add_row(
+        "seconds", f"{low:.2f} to {high:.2f}, median {median:.2f}, {sum(seconds) / 3600:.2f} h"
+    )
     facts.add_row("frames per second", common(rates))
     facts.add_row("width x height", common(sizes))
     if failed:
@@ -168,7 +178,9 @@ def show(cfg: DictConfig, data: Any, console: Console) -> None:
         label = ", ".join(data.label_names[number] for number in row.labels) or "no label"
         captions.append(f"{label}   {row.path}   {sample['fps']:.4g} frames/s")
     if not clips:
-        raise UserError(f"not one clip of '{split}' can be read; vidtrain data action=check says why")
+        raise UserError(
+            f"not one clip of '{split}' can be read; vidtrain data action=check says why"
+        )
     output = Path(cfg.output or f"{data.name}-{split}.png").expanduser()
     contact_sheet([clip.to(torch.uint8) for clip in clips], captions, output)
     clip: Clip = data.clip

@@ -54,7 +54,9 @@ def main(cfg: DictConfig) -> int:
     path = checkpoint.find(cfg.ckpt)
     saved = checkpoint.load(path)
     overrides = [
-        word for word in config.task_overrides() if word.split("=")[0].split(".")[0] in ("views", "clip")
+        word
+        for word in config.task_overrides()
+        if word.split("=")[0].split(".")[0] in ("views", "clip")
     ]
     merged = config.overlay(checkpoint.config_of(saved), cfg, overrides)
     task = checkpoint.build_task(merged, saved, path, cfg.allow)
@@ -148,7 +150,7 @@ def predictions(
     for batch in loader:
         lines: dict[int, dict[str, Any]] = {}
         for failure in batch["failures"]:
-            lines[failure.index] = {"path": str(files[failure.index]), "error": failure.reason}
+            lines[failure.row] = {"path": str(files[failure.row]), "error": failure.reason}
         if "frames" in batch:
             for key in ("frames", "view_frames", "view_crops"):
                 batch[key] = [tensor.to(device) for tensor in batch[key]]
@@ -185,7 +187,9 @@ def as_table(lines: list[dict[str, Any]], total: int) -> Table:
         else:
             first, *others = line["predictions"]
             rest = ", ".join(f"{p['label']} {p['score']:.2f}" for p in others[:2])
-            table.add_row(escape(name), escape(first["label"]), f"{first['score']:.3f}", escape(rest))
+            table.add_row(
+                escape(name), escape(first["label"]), f"{first['score']:.3f}", escape(rest)
+            )
     if total > len(lines):
         table.add_row(f"... and {total - len(lines)} more", "", "", "")
     return table

@@ -214,12 +214,12 @@ def write_json(path: Path, value: Any) -> None:
 def print_report(console: Console, report: dict[str, Any]) -> None:
     """Print the scores with what they rest on."""
     shape, videos = report["protocol"], report["videos"]
-    table = Table(
-        title=f"{report['model']} on {report['data']}, {report['split']}: "
-        f"{shape['frames']} frames x {shape['stride']}, "
-        f"{shape['clips']} clips x {shape['crops']} crops of {shape['size']}",
-        title_justify="left",
+    console.print(
+        f"{report['model']} on {report['data']}, {report['split']} split: {shape['frames']} frames"
+        f" x {shape['stride']}, {shape['clips']} clips x {shape['crops']} crops of {shape['size']}",
+        highlight=False,
     )
+    table = Table()
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in report["metrics"].items():
@@ -228,8 +228,8 @@ def print_report(console: Console, report: dict[str, Any]) -> None:
     missing = videos["asked"] - videos["scored"]
     console.print(f"on {videos['scored']} of {videos['asked']} videos", highlight=False)
     if missing:
-        console.print(
-            f"{missing} not scored:", style="bold yellow", highlight=False
-        )
+        console.print(f"{missing} not scored:", style="bold yellow", highlight=False)
         for failure in videos["failed"][:5]:
-            console.print(f"  {failure['path']}: {failure['reason']}", markup=False, highlight=False)
+            console.print(
+                f"  {failure['path']}: {failure['reason']}", markup=False, highlight=False
+            )

@@ -17,6 +17,7 @@ from rich.console import Console
 from vidtrain import build, checkpoint, config
 from vidtrain.callbacks.checkpoint import Checkpoint, Stopped
 from vidtrain.commands.test import run_test
+from vidtrain.loggers import closing
 from vidtrain.types import UserError
 
 # Keys in which a run that is gone on with may differ from the one that stopped.
@@ -58,21 +59,21 @@ def main(cfg: DictConfig) -> float | int | None:
     console.print(f"run [bold]{run_dir}[/bold]", highlight=False)
 
     callbacks = build.callbacks(cfg, run_dir)
-    loggers = build.loggers(cfg, run_dir, config.resolved(cfg))
-    trainer = build.trainer(cfg, run_dir, callbacks, loggers)
     saver = next((c for c in callbacks if isinstance(c, Checkpoint)), None)
-    try:
-        trainer.fit(task, datamodule=data, ckpt_path=resume_from, weights_only=True)
-    except Stopped as stop:
-        console.print(f"{stop}; go on with [bold]resume={run_dir}[/bold]", highlight=False)
-        return stop.code
-    console.print(f"trained in {time.time() - began:.0f} s", highlight=False)
-    score = saver.best_model_score if saver is not None else None
-    if cfg.test:
+    with closing(build.loggers(cfg, run_dir)) as loggers:
+        trainer = build.trainer(cfg, run_dir, callbacks, loggers)
+        try:
+            trainer.fit(task, datamodule=data, ckpt_path=resume_from, weights_only=True)
+        except Stopped as stop:
+            console.print(f"{stop}; go on with [bold]resume={run_dir}[/bold]", highlight=False)
+            return stop.code
+        console.print(f"trained in {time.time() - began:.0f} s", highlight=False)
         best = Path(saver.best_model_path) if saver and saver.best_model_path else None
-        if best is not None:
-            task.load_state_dict(checkpoint.load(best)["state_dict"])
-        run_test(cfg, data, task, trainer, run_dir, best, console)
+        if cfg.test:
+            if best is not None:
+                task.load_state_dict(checkpoint.load(best)["state_dict"])
+            run_test(cfg, data, task, trainer, run_dir, best, console)
+    score = saver.best_model_score if saver is not None else None
     return float(score) if score is not None else None
 
 
@@ -82,7 +83,9 @@ def quieten() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
-    warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")  # ours resumes exactly
+    warnings.filterwarnings(
+        "ignore", ".*your dataloader is not resumable.*"
+    )  # ours resumes exactly
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", ".*Experiment logs directory .* exists.*")
     warnings.filterwarnings("ignore", ".*returned an empty.*|.*Total length of.*zero.*")
@@ -123,7 +126,9 @@ def start_from(task: Any, path: Path, console: Console) -> None:
     head = head_keys(task)
     wrong = [key for key in new if key not in head]
     if wrong:
-        raise UserError(f"ckpt={path} does not fit this model: {wrong[0]} is missing or of another shape")
+        raise UserError(
+            f"ckpt={path} does not fit this model: {wrong[0]} is missing or of another shape"
+        )
     task.load_state_dict(fits, strict=False)
     console.print(
         f"weights from {path}" + (f"; new: {', '.join(new)}" if new else ""), highlight=False
@@ -159,7 +164,7 @@ def find_run(cfg: DictConfig, run_dir: Path, console: Console) -> Path | None:
     runs = sorted(run_dir.parent.glob("*/checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
     for path in reversed(runs):
         saved = path.parent.parent / "config.yaml"
-        if not saved.is_file() or not differences(OmegaConf.load(saved), here) == []:
+        if not saved.is_file() or differences(OmegaConf.load(saved), here):
             continue
         if finished(path, cfg):
             continue

@@ -15,7 +15,8 @@ def collate(samples: list[Sample]) -> dict[str, Any]:
     Returns:
         `video` (B, V, T, C, H, W) uint8 where views come ready, else lists of B `frames`,
         `view_frames`, `view_crops`, since videos differ in size and length; `label`, `index` (B,),
-        `failures`, `fps`. B may be 0: every video of the batch failed.
+        `failures`, `fps`, and `seed`, of what is drawn for the batch as a whole. B may be 0: every
+        video of the batch failed.
     """
     failures = [failure for sample in samples for failure in sample.get("failures", [])]
     good = [sample for sample in samples if "video" in sample or "frames" in sample]
@@ -23,6 +24,7 @@ def collate(samples: list[Sample]) -> dict[str, Any]:
         "index": torch.tensor([sample["index"] for sample in good], dtype=torch.int64),
         "failures": failures,
         "fps": [sample["fps"] for sample in good],
+        "seed": samples[0]["seed"],
     }
     if not good:
         return batch

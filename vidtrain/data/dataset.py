@@ -93,10 +93,10 @@ class VideoDataset(Dataset[Sample]):
                     raise
                 failures.append(Failure(index, str(path), error.reason))
                 if self.augment is None:
-                    return {"index": index, "failures": failures}
+                    return {"index": index, "seed": seed, "failures": failures}
                 index = int(rng.integers(len(self)))
                 continue
-            sample["index"] = index
+            sample["index"], sample["seed"] = index, seed
             sample["failures"] = failures
             label = self.label(row)
             if label is not None:
@@ -171,9 +171,7 @@ class VideoDataset(Dataset[Sample]):
         wanted, position = np.unique(indices, return_inverse=True)
         top, left, height, width = self.region_of(reader)
         frames = reader.frames(wanted.tolist())[..., top : top + height, left : left + width]
-        frames = geometry.resize(
-            frames, *geometry.short_side_size(height, width, self.short_side)
-        )
+        frames = geometry.resize(frames, *geometry.short_side_size(height, width, self.short_side))
         places = geometry.spread_crops(frames.shape[-2], frames.shape[-1], self.size, self.crops)
         # View v is clip v // crops, crop v % crops.
         view_frames = torch.from_numpy(position.reshape(indices.shape))

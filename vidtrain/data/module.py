@@ -31,6 +31,13 @@ class Split:
         self.source, self.name = source, name
         self.numbers = source.split(name)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Travel to a spawned worker as a path and a name; row numbers of a large set are megabytes."""
+        return {"source": self.source, "name": self.name}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
     def __len__(self) -> int:
         return len(self.numbers)
 
@@ -89,6 +96,13 @@ class VideoDataModule(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        check_numbers(
+            ("batch_size", batch_size, 1),
+            ("eval_batch_size", 1 if eval_batch_size is None else eval_batch_size, 1),
+            ("workers", 0 if workers == "auto" else workers, 0),
+        )
+        if not 0 <= max_failures <= 1:
+            raise UserError(f"data.max_failures is {max_failures}; it is a share, from 0 to 1")
         self.name, self.root = name, Path(root).expanduser()
         self.prepare, self.num_classes, self.clip = prepare, num_classes, clip
         self.augment = Augment(**{**augment, **({} if hflip else {"hflip": 0.0})})
@@ -160,7 +174,9 @@ class VideoDataModule(L.LightningDataModule):
 
     # --- datasets -----------------------------------------------------------------------------
 
-    def dataset(self, split: str, *, training: bool = False, test_views: bool = False) -> VideoDataset:
+    def dataset(
+        self, split: str, *, training: bool = False, test_views: bool = False
+    ) -> VideoDataset:
         """Make the dataset of a split: random clips for training, else one view or the test views."""
         views = self.views if test_views else {"clips": 1, "crops": 1}
         return VideoDataset(
@@ -242,21 +258,35 @@ class VideoDataModule(L.LightningDataModule):
         return transformed
 
 
+def check_numbers(*settings: tuple[str, Any, int]) -> None:
+    """Refuse settings that are not whole numbers of at least so many: (key, value, least)."""
+    for key, value, least in settings:
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise UserError(f"data.{key} is {value!r}; it must be a whole number, at least {least}")
+
+
 def default_workers() -> int:
     """One decoding process a core that we may use, at most 16."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return min(16, cores)
 
 
 def start_worker(_: int) -> None:
-    """Keep a worker to one thread (the workers fill the cores by their number), deaf to Ctrl-C.
+    """Keep a worker to one thread (the workers fill the cores by their number), slow to stop.
 
-    The main process finishes its step and stops; a worker that died at once would fail that step.
+    Ctrl-C and a scheduler's SIGTERM reach workers too. The main process ends its step, saves and
+    stops them; a worker that died at once would fail that step.
     """
     import torch
 
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(STOP_GRACE))
+
+
+STOP_GRACE = 30  # seconds a worker stays after SIGTERM, when the main process does not end it
 
 
 def _has_cuda() -> bool:
@@ -268,28 +298,33 @@ def _has_cuda() -> bool:
 def annotation_files(root: Path, options: dict[str, Any]) -> list[tuple[str, int, int]]:
     """List what the manifest was made from, so that a change of it makes another manifest.
 
-    Annotation files by size and time; folders of the first two levels by time, since a folder's
+    Annotation files by size and time; the folders of the first two levels by time, since a folder's
     time changes when a file comes or goes.
     """
-    seen: list[Path] = []
+    seen: dict[str, os.stat_result] = {}
     named = options.get("annotations")
-    if named:
-        seen.append(Path(named) if Path(named).is_absolute() else root / named)
-    if root.is_dir():
-        for path in sorted(root.iterdir()):
-            seen.append(path)
-            if path.is_dir():
-                seen += sorted(p for p in path.iterdir() if p.is_dir() or is_list(p))
-    facts = []
-    for path in [root, *seen]:
-        if path.exists() and (path.is_dir() or is_list(path)):
-            stat = path.stat()
-            facts.append((str(path), 0 if path.is_dir() else stat.st_size, stat.st_mtime_ns))
-    return facts
+    for start in filter(None, (root, named and Path(named), named and root / named)):
+        _note(start, seen, depth=2)
+    return [
+        (path, 0 if Path(path).is_dir() else stat.st_size, stat.st_mtime_ns)
+        for path, stat in sorted(seen.items())
+    ]
 
 
-def is_list(path: Path) -> bool:
-    """Say whether a file may hold annotations."""
-    return path.suffix.lower() in {".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet", ".gz"}
+def _note(path: Path, seen: dict[str, os.stat_result], depth: int) -> None:
+    """Take a file or folder, and what may be annotations `depth` levels below it."""
+    if not path.exists():
+        return
+    seen[str(path)] = path.stat()
+    if depth and path.is_dir():
+        with os.scandir(
+            path
+        ) as entries:  # knows folders without a stat each: 240,000 files a folder
+            inside = [Path(e.path) for e in entries if e.is_dir() or is_list(e.name)]
+        for one in inside:
+            _note(one, seen, depth - 1)
 
 
+def is_list(name: str) -> bool:
+    """Say whether a file may hold annotations, by its name."""
+    return name.lower().endswith((".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet", ".gz"))

@@ -13,5 +13,8 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
     for parameter in module.parameters():
         if parameter.requires_grad:
             (decay if parameter.ndim > 1 else rest).append(parameter)
-    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    groups = [
+        {"params": decay, "weight_decay": weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
     return [group for group in groups if group["params"]]

@@ -60,7 +60,9 @@ class VideoTask(L.LightningModule):
         size = None if self.training else self.views_per_forward
         if size is None:
             return self.model(*flat).unflatten(0, views)
-        parts = [self.model(*part) for part in zip(*(tensor.split(size) for tensor in flat), strict=True)]
+        parts = [
+            self.model(*part) for part in zip(*(tensor.split(size) for tensor in flat), strict=True)
+        ]
         return torch.cat(parts).unflatten(0, views)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:

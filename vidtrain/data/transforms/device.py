@@ -30,25 +30,23 @@ def gather_views(frames: Tensor, view_frames: Tensor, view_crops: Tensor) -> Ten
     return torch.stack(views)
 
 
-def jitter_colors(video: Tensor, strength: float) -> Tensor:
+def jitter_colors(video: Tensor, strength: float, generator: torch.Generator) -> Tensor:
     """Change brightness, contrast and saturation of each view, all its frames alike.
 
     Args:
         video: `(B, V, T, C, H, W)` float in 0 to 1.
         strength: each factor is drawn from `1 - strength` to `1 + strength`.
+        generator: of the CPU; what is drawn is the same on every device.
     """
-    shape = (*video.shape[:2], 1, 1, 1, 1)
-
-    def factor() -> Tensor:
-        return 1 + (torch.rand(shape, device=video.device, dtype=video.dtype) * 2 - 1) * strength
-
-    video = video * factor()  # brightness
+    draws = torch.rand(3, *video.shape[:2], 1, 1, 1, 1, generator=generator) * 2 - 1
+    brightness, contrast, saturation = (1 + draws * strength).to(video)
+    video = video * brightness
     luma = video.new_tensor([0.299, 0.587, 0.114]).view(1, 1, 1, 3, 1, 1)  # ITU-R BT.601
     grey = (video * luma).sum(3, keepdim=True)
     mean = grey.mean((2, 3, 4, 5), keepdim=True)
-    video = mean + (video - mean) * factor()  # contrast
+    video = mean + (video - mean) * contrast
     grey = (video * luma).sum(3, keepdim=True)
-    video = grey + (video - grey) * factor()  # saturation
+    video = grey + (video - grey) * saturation
     return video.clamp(0, 1)
 
 
@@ -73,7 +71,9 @@ class DeviceTransform(nn.Module):
             self.to(batch["video"].device)
             video = batch["video"].float() / 255
             if self.training and self.color:
-                video = jitter_colors(video, self.color)
+                # Not the global generator: a run that goes on must draw what was still to come.
+                generator = torch.Generator().manual_seed(batch["seed"])
+                video = jitter_colors(video, self.color, generator)
             video = (video - self.mean) / self.std
             batch["video"] = video.transpose(2, 3).contiguous()  # (B, V, C, T, H, W)
         return batch

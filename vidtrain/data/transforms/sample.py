@@ -43,13 +43,21 @@ class Augment:
         """Refuse knobs that cannot be turned that way."""
         if self.scale is not None and self.area is not None:
             raise UserError("augment.scale and augment.area exclude each other; set one to null")
-        for name, low, high in (("scale", 1.0, math.inf), ("area", 0.0, 1.0), ("ratio", 0.0, math.inf)):
+        for name, low, high in (
+            ("scale", 1.0, math.inf),
+            ("area", 0.0, 1.0),
+            ("ratio", 0.0, math.inf),
+        ):
             span = getattr(self, name)
             if span is not None and not (len(span) == 2 and low <= span[0] <= span[1] <= high):
-                raise UserError(f"augment.{name} is {list(span)}; it must be [from, to] within [{low}, {high}]")
+                raise UserError(
+                    f"augment.{name} is {list(span)}; it must be [from, to] within [{low}, {high}]"
+                )
         for name in ("hflip", "color"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"augment.{name} is {getattr(self, name)}; it must be between 0 and 1")
+                raise UserError(
+                    f"augment.{name} is {getattr(self, name)}; it must be between 0 and 1"
+                )
 
 
 def region_box(region: Sequence[float], height: int, width: int) -> tuple[int, int, int, int]:
@@ -130,7 +138,9 @@ def spread_crops(height: int, width: int, size: int, crops: int) -> list[tuple[i
     One is the middle; three are left, middle, right (or top, middle, bottom).
     """
     if size > min(height, width):
-        raise UserError(f"views.size is {size}, more than the {min(height, width)} of views.short_side")
+        raise UserError(
+            f"views.size is {size}, more than the {min(height, width)} of views.short_side"
+        )
     places = np.linspace(0, 1, crops) if crops > 1 else np.array([0.5])
     tops = np.rint((places if height > width else np.full(crops, 0.5)) * (height - size))
     lefts = np.rint((places if width >= height else np.full(crops, 0.5)) * (width - size))

@@ -1,0 +1,162 @@
+"""From a row to a sample: which frames come out, read from the frames themselves."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from make_video import read_numbers, write_video
+
+from vidtrain.data.collate import collate
+from vidtrain.data.dataset import VideoDataset
+from vidtrain.data.manifest import Row
+from vidtrain.data.transforms.device import gather_views
+from vidtrain.data.transforms.sample import Augment
+from vidtrain.types import Clip, DecodeError, UserError
+
+CLIP = Clip(num_frames=4, stride=3, size=96, mean=[0.5] * 3, std=[0.5] * 3)
+
+
+class Rows:
+    """Rows of files, as a split of a manifest gives them."""
+
+    def __init__(self, *rows: Row) -> None:
+        self.rows = list(rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def row(self, index: int) -> Row:
+        return self.rows[index]
+
+    def absolute_path(self, row: Row) -> Path:
+        return Path(row.path)
+
+
+def row(path, labels=(1,), start=None, end=None):
+    return Row(str(path), labels, start, end, "train", None)
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("videos")
+    write_video(folder / "wide.mp4", num_frames=40, fps=20, size=(160, 96))
+    write_video(folder / "square.mp4", num_frames=40, fps=20, size=(96, 96))
+    (folder / "empty.mp4").write_bytes(b"")
+    return folder
+
+
+def test_testing_views_are_the_uniform_clips_and_each_frame_comes_once(videos):
+    dataset = VideoDataset(Rows(row(videos / "wide.mp4")), CLIP, clips=3, crops=3)
+    sample = dataset[0, 0]
+    clips = [[0, 3, 6, 9], [15, 18, 21, 24], [30, 33, 36, 39]]
+    assert read_numbers(sample["frames"]) == sum(clips, [])
+    assert sample["frames"].shape == (12, 3, 96, 160)
+    assert sample["view_frames"].shape == (9, 4) and sample["view_crops"].shape == (9, 3)
+    assert sample["view_crops"][:3].tolist() == [[0, 0, 96], [0, 32, 96], [0, 64, 96]]
+    views = gather_views(sample["frames"], sample["view_frames"], sample["view_crops"])
+    assert views.shape == (9, 4, 3, 96, 96)
+    assert torch.equal(views[4], sample["frames"][4:8, :, :, 32:128])  # clip 1, middle crop
+    assert sample["fps"] == pytest.approx(20 / 3)
+    assert sample["label"].item() == 1
+
+
+def test_overlapping_clips_share_their_frames(videos):
+    dataset = VideoDataset(Rows(row(videos / "wide.mp4")), CLIP, clips=40, crops=1)
+    assert len(dataset[0, 0]["frames"]) == 40
+
+
+def test_training_clips_are_strided_and_follow_from_the_seed(videos):
+    dataset = VideoDataset(Rows(row(videos / "square.mp4")), CLIP, augment=Augment())
+    starts = set()
+    for seed in range(30):
+        numbers = read_numbers(dataset[0, seed]["video"][0])
+        assert np.diff(numbers).tolist() == [3, 3, 3]
+        starts.add(numbers[0])
+    assert len(starts) > 10
+    first, again = dataset[0, 7]["video"], dataset[0, 7]["video"]
+    assert torch.equal(first, again) and first.shape == (1, 4, 3, 96, 96)
+
+
+def test_a_rate_of_ones_own(videos):
+    clip = Clip(num_frames=4, stride=1, size=96, mean=[0.5] * 3, std=[0.5] * 3, fps=5)
+    sample = VideoDataset(Rows(row(videos / "square.mp4")), clip)[0, 0]
+    assert np.diff(read_numbers(sample["frames"])).tolist() == [4, 4, 4]  # 20 fps seen at 5
+    assert sample["fps"] == 5
+
+
+def test_segments_cover_the_video(videos):
+    sample = VideoDataset(Rows(row(videos / "square.mp4")), CLIP, how="segments")[0, 0]
+    assert read_numbers(sample["frames"]) == [5, 15, 25, 35]
+
+
+def test_a_piece_of_a_video(videos):
+    piece = row(videos / "square.mp4", start=0.5, end=1.0)  # frames 10 to 19
+    sample = VideoDataset(Rows(piece), CLIP)[0, 0]
+    assert read_numbers(sample["frames"]) == [10, 13, 16, 19]
+    late = VideoDataset(Rows(row(videos / "square.mp4", start=5.0, end=6.0)), CLIP)[0, 0]
+    assert "frames" not in late and "it has 2.00 s" in late["failures"][0].reason
+
+
+def test_the_region_is_cut_out_first(videos):
+    whole = VideoDataset(Rows(row(videos / "wide.mp4")), CLIP)[0, 0]["frames"]
+    part = VideoDataset(
+        Rows(row(videos / "wide.mp4")), CLIP, region=[0.25, 0.5, 0.3, 0.5], short_side=48, size=48
+    )
+    frames = part[0, 0]["frames"]
+    assert torch.equal(frames, whole[..., 48:96, 40:88])
+
+
+def test_training_replaces_a_bad_video_by_the_samples_own_seed(videos):
+    rows = Rows(
+        row(videos / "empty.mp4", (0,)), *[row(videos / "square.mp4", (k,)) for k in range(1, 9)]
+    )
+    dataset = VideoDataset(rows, CLIP, augment=Augment())
+    sample = dataset[0, 3]
+    assert sample["failures"][0].path.endswith("empty.mp4")
+    assert sample["index"] != 0 and sample["label"].item() == sample["index"]
+    assert dataset[0, 3]["index"] == sample["index"]  # the same stand-in each time
+    assert len({dataset[0, seed]["index"] for seed in range(12)}) > 3
+
+
+def test_testing_never_replaces(videos):
+    rows = Rows(row(videos / "empty.mp4"), row(videos / "square.mp4"))
+    dataset = VideoDataset(rows, CLIP)
+    bad, good = dataset[0, 0], dataset[1, 1]
+    assert "frames" not in bad and bad["index"] == 0
+    batch = collate([bad, good])
+    assert batch["index"].tolist() == [1] and len(batch["frames"]) == 1
+    assert [failure.row for failure in batch["failures"]] == [0]
+    assert collate([bad])["index"].tolist() == []
+    with pytest.raises(DecodeError, match=r"empty\.mp4"):
+        VideoDataset(rows, CLIP, on_error="raise")[0, 0]
+
+
+def test_a_set_of_bad_videos_ends_with_their_names(videos):
+    dataset = VideoDataset(Rows(row(videos / "empty.mp4")), CLIP, augment=Augment())
+    with pytest.raises(UserError, match=r"empty\.mp4.*action=check"):
+        dataset[0, 0]
+
+
+def test_many_labels_are_zeros_and_ones(videos):
+    dataset = VideoDataset(Rows(row(videos / "square.mp4", (0, 3))), CLIP, num_classes=5)
+    assert dataset[0, 0]["label"].tolist() == [1, 0, 0, 1, 0]
+    assert "label" not in VideoDataset(Rows(row(videos / "square.mp4", ())), CLIP)[0, 0]
+
+
+def test_wrong_settings_are_named(videos):
+    rows = Rows(row(videos / "square.mp4"))
+    for settings, said in (
+        ({"how": "sometimes"}, "data.sampling"),
+        ({"on_error": "cry"}, "data.on_error"),
+        ({"size": 200, "short_side": 100}, "views.size"),
+        ({"region": [0, 0, 2, 1]}, "data.region"),
+    ):
+        with pytest.raises(UserError, match=said):
+            VideoDataset(rows, CLIP, **settings)
+
+
+def test_a_decode_error_survives_the_way_out_of_a_worker():
+    error = pickle.loads(pickle.dumps(DecodeError("a.mp4", "it is empty")))
+    assert (error.path, error.reason, str(error)) == ("a.mp4", "it is empty", "a.mp4: it is empty")
