@@ -133,7 +133,9 @@ def write_video(
     options = _encoder_options(codec, gop, b_frames, open_gop) | (codec_options or {})
     width, height = size if rotation % 180 == 0 else size[::-1]
     with av.open(
-        str(path), "w", options={"movflags": "+faststart"} if faststart else {}
+        str(path),
+        "w",
+        options={"movflags": "+faststart"} if faststart and path.suffix != ".avi" else {},
     ) as container:
         stream = container.add_stream(codec, rate=rate, options=options)
         stream.width, stream.height = width, height

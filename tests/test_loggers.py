@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import csv
+import http.server
 import os
 import pty
+import socket
 import subprocess
 import sys
 import threading
@@ -129,32 +131,66 @@ def test_without_a_key_the_run_is_offline_and_one_line_says_so(tmp_path, capfd):
     ]
 
 
-@pytest.mark.parametrize("source", ["key", "netrc"])
-@pytest.mark.parametrize("wanted", ["auto", "always"])
+@pytest.fixture
+def failing():
+    """A server that answers everything with an error."""
+
+    class Fails(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(500)
+
+        do_POST = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Fails) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture(params=["refuses", "is silent", "fails"])
+def useless(request, failing):
+    """A server that no run can go to, and what is said of it."""
+    if request.param == "refuses":
+        yield REFUSED, "refused"
+    elif request.param == "fails":
+        yield failing, "500"
+    else:
+        with socket.socket() as ear:
+            ear.bind(("127.0.0.1", 0))
+            ear.listen(50)
+            yield f"http://127.0.0.1:{ear.getsockname()[1]}", "timed out"
+
+
+@pytest.mark.parametrize(("source", "wanted"), [("key", "always"), ("netrc", "auto")])
 def test_a_server_that_does_not_answer_leaves_the_run_offline(
-    tmp_path, monkeypatch, capfd, source, wanted
+    tmp_path, monkeypatch, capfd, useless, source, wanted
 ):
-    monkeypatch.setenv("WANDB_BASE_URL", REFUSED)
+    url, reason = useless
+    monkeypatch.setenv("WANDB_BASE_URL", url)
     if source == "key":
         monkeypatch.setenv("WANDB_API_KEY", KEY)
     else:
         netrc = tmp_path / "home" / ".netrc"
-        netrc.write_text(f"machine 127.0.0.1:9\n  login user\n  password {KEY}\n")
+        netrc.write_text(f"machine {url[7:]}\n  login user\n  password {KEY}\n")
         netrc.chmod(0o600)
     began = time.monotonic()
     with loggers.closing(loggers.build(tmp_path, wandb=wanted, init_timeout=1)) as made:
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 15
         assert made[1].experiment.settings.mode == "offline"
     out, err = capfd.readouterr()
     (line,) = err.splitlines()
-    assert out == "" and line.startswith("W&B is offline (") and "127.0.0.1:9" in line
+    assert out == "" and line.startswith("W&B is offline (") and url in line and reason in line
     # Nothing of the attempt is left that `wandb sync` could take for a run.
     assert [path.name[:8] for path in tmp_path.glob("wandb/*run-*") if not path.is_symlink()] == [
         "offline-"
     ]
 
 
-def test_a_malformed_key_leaves_the_run_offline(tmp_path, monkeypatch, capfd):
+def test_a_malformed_key_leaves_the_run_offline(tmp_path, monkeypatch, capfd, failing):
+    monkeypatch.setenv("WANDB_BASE_URL", failing)
     monkeypatch.setenv("WANDB_API_KEY", "short")
     with loggers.closing(loggers.build(tmp_path, wandb="always")) as made:
         assert made[1].experiment.settings.mode == "offline"
@@ -219,7 +255,33 @@ def test_only_rank_0_has_a_run(tmp_path, monkeypatch, capfd):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "metrics.csv"]
 
 
-def test_nobody_is_asked_at_a_terminal(tmp_path):
+def test_wandb_sees_no_terminal_when_it_looks_for_a_key(tmp_path, monkeypatch, capfd, failing):
+    """Older versions would ask at one, where they find no key or not the one that we found."""
+    import wandb
+
+    seen = []
+    init = wandb.init
+
+    def watched(**kwargs):
+        seen.append((kwargs["mode"], sys.stdin.isatty()))
+        return init(**kwargs)
+
+    monkeypatch.setattr(wandb, "init", watched)
+    monkeypatch.setenv("WANDB_BASE_URL", failing)
+    monkeypatch.setattr(loggers, "logged_in", lambda: True)  # though there is no key
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs) as terminal:
+        monkeypatch.setattr(sys, "stdin", terminal)
+        with loggers.closing(loggers.build(tmp_path, wandb="always")) as made:
+            assert made[1].experiment.settings.mode == "offline"
+        assert sys.stdin is terminal
+    os.close(ours)
+    assert seen == [("online", False), ("offline", True)]
+    assert len(capfd.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_nobody_is_asked_at_a_terminal(tmp_path, failing):
     """Neither without a key, nor should W&B not see the key that we saw."""
     script = """
 import sys
@@ -236,7 +298,7 @@ for seen in (False, True):
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
-        env={**os.environ, "PYTHONPATH": root, "WANDB_BASE_URL": REFUSED},
+        env={**os.environ, "PYTHONPATH": root, "WANDB_BASE_URL": failing},
         start_new_session=True,
     ) as process:
         os.close(theirs)

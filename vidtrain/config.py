@@ -266,7 +266,9 @@ def _task(verb: str) -> Callable[[DictConfig], Any]:
 
 def fail(verb: str, error: UserError) -> None:
     """Print one line and stop with exit code 2."""
-    print(f"vidtrain {verb}: {' '.join(str(error).split())}", file=sys.stderr)
+    # One raised in a loader's worker arrives with the worker's traceback around it.
+    text = str(error).split("vidtrain.types.UserError: ")[-1]
+    print(f"vidtrain {verb}: {' '.join(text.split())}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -7,10 +7,14 @@ makes one fail: what cannot go online is kept in the run folder, from where `wan
 from __future__ import annotations
 
 import configparser
+import http.client
 import netrc
 import os
 import shutil
+import ssl
 import sys
+import urllib.error
+import urllib.request
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -221,6 +225,8 @@ def _start(mode: str, run_dir: Path, init_timeout: float, **kwargs: Any) -> tupl
     why = "as asked"
     if mode != "offline" and not logged_in():
         why = "no key; `wandb login` stores one"
+    elif mode != "offline" and (silence := _silence(_base_url(), init_timeout)):
+        why = silence
     elif mode != "offline":
         # After a resume the curves go on in the same run.
         known = run_dir / "wandb" / "online_id"
@@ -237,7 +243,7 @@ def _start(mode: str, run_dir: Path, init_timeout: float, **kwargs: Any) -> tupl
                     **kwargs,
                 )
         except Exception as error:
-            why = _reason(error)
+            why = f"{_base_url()}: {_reason(error)}"
             kwargs.pop("id", None)
             for stump in set(run_dir.glob("wandb/run-*")) - before:
                 shutil.rmtree(stump, ignore_errors=True)
@@ -246,6 +252,22 @@ def _start(mode: str, run_dir: Path, init_timeout: float, **kwargs: Any) -> tupl
             return run, f"W&B: {run.url}"
     run = wandb.init(mode="offline", settings=_settings(), **kwargs)
     return run, f"W&B is offline ({why}); later: wandb sync {Path(run.dir).parent}"
+
+
+def _silence(url: str, timeout: float) -> str:
+    """Say why a server does not answer, or nothing when it does, whatever the answer.
+
+    W&B itself keeps on trying, and before version 0.30 no offline run could start meanwhile.
+    """
+    try:
+        urllib.request.urlopen(url, timeout=timeout).close()
+    except urllib.error.HTTPError:
+        return ""
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        # Certificates are W&B's affair: it knows settings that we do not.
+        return "" if isinstance(reason, ssl.SSLError) else f"{url}: {reason}"
+    return ""
 
 
 def _settings(**settings: Any) -> Any:
@@ -273,4 +295,4 @@ def _reason(error: Exception) -> str:
     """Put an error on one line, and not a long one."""
     text = str(error).split("\nConsider increasing")[0]  # W&B's advice: ours is not to wait
     line = " ".join(text.split()) or type(error).__name__
-    return line if len(line) <= 200 else line[:197] + "..."
+    return line if len(line) <= 160 else line[:157] + "..."

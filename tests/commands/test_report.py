@@ -273,6 +273,28 @@ def test_without_a_log_there_are_no_curves(tmp_path):
     assert "Training" not in shown.text and not charts(shown)
 
 
+def test_a_test_in_its_own_folder_shows_the_curves_of_its_run(tmp_path):
+    trained, tested = tmp_path / "trained", tmp_path / "tested"
+    trained.mkdir()
+    tested.mkdir()
+    write_csv(trained / "metrics.csv", [{"step": 3, "epoch": 0, "train/loss": 0.5}])
+    (trained / "config.yaml").write_text("seed: 77\n")
+    run(tested, ["a", "b"], [("a", "a", 0.9)], ckpt=str(trained / "checkpoints" / "best.ckpt"))
+    shown = page(tested)
+    assert set(charts(shown)) == {"Loss"} and "seed: 77" in shown.text
+
+
+def test_groups_with_one_learning_rate_are_one_line(tmp_path):
+    rows = [
+        {"step": s, "epoch": 0, "lr-SGD/pg1": 0.1, "lr-SGD/pg2": 0.1, "lr-SGD/pg3": 0.2 * s}
+        for s in (1, 2)
+    ]
+    write_csv(tmp_path / "metrics.csv", rows)
+    shown = page(run(tmp_path, ["a", "b"], [("a", "a", 0.9)]))
+    label = charts(shown)["Learning rate"]
+    assert "pg1" in label and "pg2" not in label and "pg3" in label
+
+
 def test_a_long_line_is_thinned_and_its_numbers_lie_beside_it():
     points = [Point(step, float(step), step // 100) for step in range(10_000)]
     figure = line_chart("Loss", {"train/loss": points, "empty": [Point(0, math.nan)]})

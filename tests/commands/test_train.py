@@ -42,18 +42,23 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.fixture
-def trained(vidtrain, tiny_dataset, tmp_path):
-    """A run of four epochs, tested."""
-    result = vidtrain(
-        "train", *TINY, f"data.root={tiny_dataset}", "trainer.max_epochs=4", "test=true"
+@pytest.fixture(scope="module")
+def trained(tiny_dataset, tmp_path_factory):
+    """A run of four epochs, tested, by the command itself; do not write into it."""
+    folder = tmp_path_factory.mktemp("trained")
+    done = subprocess.run(
+        [sys.executable, "-m", "vidtrain", "train", *TINY, f"data.root={tiny_dataset}"]
+        + ["trainer.max_epochs=4", "test=true", f"paths.cache={folder}"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
     )
-    assert result.code == 0, result.err
-    return only("runs/late_fusion_pool-folder/*", tmp_path), result
+    assert done.returncode == 0, done.stderr
+    return only("runs/late_fusion_pool-folder/*", folder), done.stdout
 
 
-def test_train_ends_in_a_tested_checkpoint_and_a_report(trained, tmp_path):
-    run, result = trained
+def test_train_ends_in_a_tested_checkpoint_and_a_report(trained):
+    run, out = trained
     report = json.loads((run / "report.json").read_text())
     assert report["metrics"]["test/top1"] == 1.0  # three colours
     assert {"test/top5", "test/mean_class", "test/clip_top1"} <= set(report["metrics"])
@@ -76,7 +81,7 @@ def test_train_ends_in_a_tested_checkpoint_and_a_report(trained, tmp_path):
     assert (run / "config.yaml").is_file() and (run / "metrics.csv").is_file()
     steps = read_csv(run / "metrics.csv")
     assert any(row.get("val/top1") for row in steps)
-    assert "100.00 %" in result.out and "6 of 6 videos" in result.out
+    assert "100.00 %" in out and "6 of 6 videos" in out
 
 
 def test_test_and_predict_need_nothing_but_the_checkpoint(
@@ -194,7 +199,12 @@ def test_bad_videos_are_counted_in_training_and_named_in_testing(vidtrain, tiny_
     assert "5 of 6 videos" in result.out
 
     strict = vidtrain(
-        "train", *TINY, f"data.root={root}", "trainer.max_epochs=1", "data.on_error=raise"
+        "train",
+        *TINY,
+        f"data.root={root}",
+        "trainer.max_epochs=1",
+        "data.on_error=raise",
+        "data.workers=1",
     )
     assert strict.code == 2 and "zebra/0.mp4" in strict.err
     strict = vidtrain(
@@ -285,16 +295,23 @@ def test_signals_save_a_checkpoint_and_give_the_right_exit_code(
     assert (only("runs/*/*", tmp_path) / "checkpoints" / "last.ckpt").is_file()
 
 
-def test_resume_auto_takes_only_an_unfinished_run_like_this_one(
-    trained, vidtrain, tiny_dataset, tmp_path
-):
-    line = [*TINY, f"data.root={tiny_dataset}"]
-    done = vidtrain("train", *line, "trainer.max_epochs=4", "resume=auto")
+def test_resume_auto_takes_only_an_unfinished_run_like_this_one(vidtrain, tiny_dataset, tmp_path):
+    line = [
+        *TINY,
+        f"data.root={tiny_dataset}",
+        "trainer.max_epochs=1",
+        "trainer.limit_train_batches=1",
+    ]
+    assert vidtrain("train", *line).code == 0
+    done = vidtrain("train", *line, "resume=auto")
     assert done.code == 0 and "starting anew" in done.out  # the run there is has finished
-    other = vidtrain("train", *line, "trainer.max_epochs=5", "optim.lr=0.02", "resume=auto")
-    assert other.code == 0 and "starting anew" in other.out
+    more = vidtrain("train", *line[:-2], "trainer.max_epochs=2", "optim.lr=0.02", "resume=auto")
+    assert more.code == 0 and "starting anew" in more.out  # another recipe is another run
     missing = vidtrain("train", *line, "resume=nowhere")
     assert missing.code == 2 and "nowhere" in missing.err
+    run = sorted(tmp_path.glob("runs/*/*"))[0]
+    other = vidtrain("train", *line, f"resume={run}", "clip.size=40")
+    assert other.code == 2 and "another" in other.err
 
 
 def test_several_labels(vidtrain, tiny_dataset, tmp_path):

@@ -129,7 +129,7 @@ def test_testing_never_replaces(videos):
     assert batch["index"].tolist() == [1] and len(batch["frames"]) == 1
     assert [failure.row for failure in batch["failures"]] == [0]
     assert collate([bad])["index"].tolist() == []
-    with pytest.raises(DecodeError, match=r"empty\.mp4"):
+    with pytest.raises(UserError, match=r"empty\.mp4.*data\.on_error"):
         VideoDataset(rows, CLIP, on_error="raise")[0, 0]
 
 

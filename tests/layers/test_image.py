@@ -1,18 +1,10 @@
-"""Image networks of torchvision keep their own outputs; folding keeps frames apart."""
+"""Image networks of torchvision give what torchvision gives."""
 
 import pytest
 import torch
 from torch import nn
 
-from vidtrain.layers.image import TorchvisionNet, check_clip, fold_time, stage_shapes, unfold_time
-from vidtrain.types import UserError
-
-
-def test_folding_and_back():
-    x = torch.rand(2, 3, 5, 4, 6)
-    folded = fold_time(x)
-    assert torch.equal(folded[7], x[1, :, 2])
-    assert torch.equal(unfold_time(folded, 5), x)
+from vidtrain.layers.image import TorchvisionNet, stage_shapes
 
 
 @pytest.mark.parametrize(
@@ -44,11 +36,3 @@ def test_shapes_are_found_without_running_the_network():
     assert shapes[0] == (1, 64, 32, 32) and shapes[-1] == (1, 512, 2, 2)
     assert net.training and all(torch.equal(counts[n], b) for n, b in net.named_buffers())
     assert isinstance(net.net.fc, nn.Identity)  # a body has no head
-
-
-def test_a_clip_of_the_wrong_shape_is_refused():
-    check_clip(torch.empty(1, 3, 8, 32, 32), 8, 32)
-    with pytest.raises(UserError, match="8 frames and got 4"):
-        check_clip(torch.empty(1, 3, 4, 32, 32), 8, 32)
-    with pytest.raises(UserError, match="32 x 32 pixels and got 32 x 40"):
-        check_clip(torch.empty(1, 3, 8, 32, 40), 8, 32)

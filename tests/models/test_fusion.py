@@ -62,11 +62,11 @@ def test_slow_fusion_fuses_time_in_three_steps():
     with torch.device("meta"):
         net = build("slow_fusion", num_frames=10, size=170, backbone="karpathy")
     layers = {layer.name: layer for layer in layer_table(net, (3, 10, 170, 170))}
-    sizes = [layers[f"net.body.conv{i}"].output for i in range(1, 6)]
+    sizes = [layers[f"backbone.body.conv{i}"].output for i in range(1, 6)]
     assert sizes == [
         [96, 4, 54, 54], [256, 2, 27, 27], [384, 1, 13, 13], [384, 1, 13, 13], [256, 1, 13, 13],
     ]  # fmt: skip
-    seen = [layers[f"net.body.conv{i}"].receptive_field[0] for i in range(1, 4)]
+    seen = [layers[f"backbone.body.conv{i}"].receptive_field[0] for i in range(1, 4)]
     assert seen == [4, 6, 10]
 
 
@@ -104,7 +104,7 @@ def test_single_frame_averages_probabilities(clip):
         frames = torch.stack([net(clip[:, :, t : t + 1]) for t in range(8)])
         torch.testing.assert_close(net(clip).softmax(-1), frames.softmax(-1).mean(0))
         torch.testing.assert_close(
-            net(clip[:, :, :1]), net.net(clip[:, :, 0])
+            net(clip[:, :, :1]), net.backbone(clip[:, :, 0])
         )  # logits as they are
 
 
@@ -152,10 +152,12 @@ def test_another_size_is_refused_where_weights_depend_on_it():
 
 def test_early_fusion_keeps_the_channels_of_a_frame_together(clip):
     net = ready("early_fusion")
-    weight = net.net.body.conv1.weight
+    weight = net.backbone.body.conv1.weight
     assert weight.shape == (16, 24, 3, 3)
     seen = []
-    net.net.body.conv1.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    net.backbone.body.conv1.register_forward_hook(
+        lambda module, inputs, output: seen.append(output)
+    )
     with torch.no_grad():
         net(clip)
         per_frame = [
@@ -202,7 +204,9 @@ def test_a_single_frame_backbone_has_torchvisions_parameters(name, params):
         net = build("single_frame", num_classes=400, size=224, backbone=name)
         theirs = torchvision.models.get_model(name, weights=None, num_classes=400)
     assert sum(p.numel() for p in net.parameters()) == params
-    assert net.net.net.state_dict().keys() == theirs.state_dict().keys()  # its weights would load
+    assert (
+        net.backbone.net.state_dict().keys() == theirs.state_dict().keys()
+    )  # its weights would load
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from vidtrain.trace.footprint import Atom, Footprint, Span, plain
+from vidtrain.trace.rules import Call, rule_for
 from vidtrain.trace.table import layer_table
 
 CLIP = (3, 16, 40, 40)
@@ -243,10 +245,21 @@ class Flipped(nn.Module):
         return self.conv(x).flip(2).flip(2)
 
 
+class Rolled(nn.Module):
+    """Each frame beside the one before, the last before the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = conv(6, 4, (1, 3, 3))
+
+    def forward(self, x):
+        return self.last(torch.cat([x, x.roll(1, 2)], 1))
+
+
 LOCAL = [
     Residual, Inception, TwoPathways, IndexedPathway, Hourglass, FoldedPlusOne, LoopOverTime, Shift,
     ShiftInPlace, Differences, Patches, PatchesByView, SqueezeExcite, TimeAttention, SpaceAttention,
-    ClassToken, Flipped,
+    ClassToken, Flipped, Rolled,
 ]  # fmt: skip
 
 
@@ -346,6 +359,19 @@ def test_windows_of_attention_are_as_wide_as_the_window():
     torch.manual_seed(0)
     last = layer_table(Windows(), CLIP)[-1]
     assert last.receptive_field == [1, 20, 20] == extent_by_gradient(Windows(), CLIP)
+
+
+def test_attention_as_one_operation():
+    """Some versions and devices do not take it apart."""
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    q, k, v = (torch.rand(1, 2, 12, 4) for _ in range(3))
+    tokens = (Atom("T", 3, 2.0), Atom("H", 2, 8.0), Atom("W", 2, 8.0))
+    dims = (plain(1), plain(2), tokens, plain(4))
+    seen = Footprint(dims, (Span(0, 2), Span(0, 8), Span(0, 8)))
+    call = Call(attention.default, (q, k, v), {}, attention(q, k, v), lambda tensor: seen)
+    out = rule_for(attention)(call, [seen, seen, seen])[0]
+    assert out.dims == dims
+    assert [span.size for span in out.spans] == [2 + 2 * 2, 8 + 8, 8 + 8]
 
 
 def test_an_unknown_mixture_is_taken_to_see_everything():

@@ -137,6 +137,13 @@ def test_two_inputs():
     assert add.output == [4, 8, 16, 16]
 
 
+def test_images_and_sequences_have_fewer_axes():
+    (image,) = layer_table(nn.Conv2d(3, 4, 3), (3, 16, 20))
+    assert (image.output, image.receptive_field) == ([4, 14, 18], [1, 3, 3])
+    (sequence,) = layer_table(nn.Conv1d(5, 4, 3), (5, 16))
+    assert (sequence.output, sequence.receptive_field) == ([4, 14], [3, 1, 1])
+
+
 def test_a_single_layer_is_a_network():
     (row,) = layer_table(nn.Conv3d(3, 4, 3), (3, 8, 16, 16))
     assert (row.name, row.output, row.params) == ("Conv3d", [4, 6, 14, 14], 328)

@@ -17,7 +17,8 @@ def write_report(run_dir: Path) -> Path:
     """Write `report.html` into a run folder, from the files that lie there.
 
     `report.json` must be there; without `predictions.csv`, `metrics.csv` or `config.yaml` the page
-    lacks what they would have told.
+    lacks what they would have told. A test in a folder of its own takes curves and config from the
+    run that its checkpoint lies in (`<run>/checkpoints/best.ckpt`).
 
     Raises:
         UserError: no `report.json` in the folder, or a file that is not what it should be.
@@ -27,10 +28,16 @@ def write_report(run_dir: Path) -> Path:
     predictions = read_predictions(
         run_dir / "predictions.csv", multi_label=bool(report.get("multi_label"))
     )
-    config = run_dir / "config.yaml"
-    text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
+    folders = [run_dir]
+    ckpt = Path(report.get("ckpt") or "")
+    if ckpt.parent.name == "checkpoints":
+        folders.append(ckpt.parent.parent)
+    curves = next((found for folder in folders if (found := read_curves(folder))), {})
+    configs = [folder / "config.yaml" for folder in folders]
+    config = next((path for path in configs if path.is_file()), None)
+    text = config.read_text(encoding="utf-8", errors="replace") if config else ""
     page = run_dir / "report.html"
-    page.write_text(report_page(report, predictions, read_curves(run_dir), text), encoding="utf-8")
+    page.write_text(report_page(report, predictions, curves, text), encoding="utf-8")
     return page
 
 
@@ -55,7 +62,7 @@ def read_predictions(path: Path, *, multi_label: bool = False) -> list[Predictio
     """
     if not path.is_file():
         return []
-    predictions = []
+    predictions: list[Prediction] = []
     with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             try:

@@ -135,7 +135,7 @@ def run_test(
         why = f" ({first.path}: {first.reason})" if first else ""
         raise UserError(f"none of the {len(rows)} videos of '{data.test_split}' can be scored{why}")
     metrics = {key: float(value) for key, value in results[0].items()}
-    report = {
+    report: dict[str, Any] = {
         "vidtrain": __version__,
         "verb": "test",
         "created": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -158,6 +158,8 @@ def run_test(
         "data_root": str(data.root.resolve()),
         "seconds": round(time.time() - began, 1),
     }
+    if data.multi_label:
+        report["class_ap"] = class_ap(predictions.scores, rows, data.label_names)
     if trainer.is_global_zero:
         write_predictions(run_dir / "predictions.csv", rows, predictions.scores, data.label_names)
         write_json(run_dir / "report.json", report)
@@ -183,6 +185,19 @@ def protocol(data: Any, rates: list[float]) -> dict[str, Any]:
         "region": data.region,
         "fps": low if low == high else [low, high],
     }
+
+
+def class_ap(scores: dict[int, torch.Tensor], rows: Any, names: list[str]) -> dict[str, Any]:
+    """Give each class's average precision; None where no scored video has it."""
+    from vidtrain.metrics.mean_ap import MeanAveragePrecision
+
+    metric = MeanAveragePrecision()
+    for index, values in scores.items():
+        target = torch.zeros(1, len(names))
+        target[0, list(rows.row(index).labels)] = 1
+        metric.update(values[None, : len(names)], target)
+    values = metric.per_class().tolist()
+    return {n: None if v != v else round(v, 6) for n, v in zip(names, values, strict=True)}
 
 
 def write_predictions(

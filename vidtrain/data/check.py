@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import multiprocessing
@@ -9,6 +10,7 @@ import os
 import signal
 import time
 from collections import defaultdict
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -112,29 +114,32 @@ def _check_files(
     todo = enumerate(os.fspath(path) for path in paths)
     crew: list[_Worker] = []
     done: dict[int, Probe] = {}
-    given = yielded = 0
+    yielded = 0
     try:
         while True:
-            while (worker := _idle(crew)) or len(crew) < workers:
+            crew = [worker for worker in crew if worker.job is not None or worker.is_fit()]
+            idle = [worker for worker in crew if worker.job is None]
+            while idle or len(crew) < workers:
                 job = next(todo, None)
                 if job is None:
                     break
-                if worker is None:
-                    worker = _Worker(look, decoder)
-                    crew.append(worker)
-                worker.give(*job, time_limit)
-                given += 1
+                if not idle:
+                    idle.append(_Worker(look, decoder))
+                    crew += idle
+                idle.pop().give(*job)
             busy = [worker for worker in crew if worker.job is not None]
             if not busy:
                 return
-            _wait_for(busy)
+            # a process that dies closes its end, so its connection is ready as well
+            wait(
+                [worker.connection for worker in busy],
+                max(0.0, min(worker.time_left(time_limit) for worker in busy)),
+            )
             for worker in busy:
                 result = worker.result(time_limit)
                 if result is None:
                     continue
                 done[worker.job], worker.job = result, None
-                if not worker.process.is_alive():
-                    crew.remove(worker)
                 if progress is not None:
                     progress(result)
             while yielded in done:
@@ -143,3 +148,183 @@ def _check_files(
     finally:
         for worker in crew:
             worker.end()
+
+
+class _Worker:
+    """A process, and the file it is at."""
+
+    def __init__(self, look: Callable[[str, str], Probe], decoder: str) -> None:
+        context = multiprocessing.get_context("spawn")  # no copy of our threads and open files
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs, look, decoder), daemon=True)
+        # Ctrl-C goes to every process at the terminal: born with it blocked, they leave it to us.
+        # The first process brings along a helper, whose start would lift the block.
+        resource_tracker.ensure_running()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        theirs.close()
+        self.job: int | None = None
+        self.path = ""
+        self.began: float | None = None
+        self.has_begun = False
+
+    def is_fit(self) -> bool:
+        """Tell whether it can take another file; clear away what is left of it if not."""
+        if not self.process.is_alive():
+            self.end()
+            return False
+        return True
+
+    def give(self, job: int, path: str) -> None:
+        self.job, self.path, self.began = job, path, None
+        with contextlib.suppress(OSError):  # it died since: `result` will find out
+            self.connection.send(path)
+
+    def time_left(self, time_limit: float) -> float:
+        # what it takes to start the process is not the file's fault
+        return time_limit if self.began is None else self.began + time_limit - time.monotonic()
+
+    def result(self, time_limit: float) -> Probe | None:
+        """Return what came of the file, or None as long as it is being worked on."""
+        alive = self.process.is_alive()  # before looking for its last words
+        try:
+            while self.connection.poll():
+                word = self.connection.recv()
+                if word is not None:
+                    return word
+                self.began, self.has_begun = time.monotonic(), True
+        except (EOFError, OSError):
+            alive = False
+        if not alive:
+            self.process.join()
+            if not self.has_begun:
+                code = self.process.exitcode
+                raise RuntimeError(f"a process for checking files did not start (exit code {code})")
+            return Probe(self.path, ok=False, error=_cause_of_death(self.process.exitcode))
+        if self.time_left(time_limit) <= 0:
+            self.end()
+            return Probe(self.path, ok=False, error=f"took longer than {time_limit:g} s")
+        return None
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+
+def _work(connection: Connection, look: Callable[[str, str], Probe], decoder: str) -> None:
+    with contextlib.suppress(EOFError, OSError):  # the other side is gone
+        while True:
+            path = connection.recv()
+            connection.send(None)  # the clock starts now
+            connection.send(look(path, decoder))
+
+
+def _cause_of_death(exit_code: int | None) -> str:
+    if exit_code is None or exit_code >= 0:
+        return f"the decoder ended the process (exit code {exit_code})"
+    if -exit_code == signal.SIGKILL:
+        return "the process was killed (signal 9): out of memory, perhaps"
+    return f"the decoder crashed (signal {-exit_code})"
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def write_table(probes: Iterable[Probe], path: str | Path) -> None:
+    """Write probes as csv, as they come: path, ok, frames, fps, width, height, duration, error."""
+    # a file name may hold bytes that are no text; they go into the table as they are
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        table = csv.writer(file)
+        table.writerow(Probe._fields)
+        table.writerows(probes)
+
+
+class Leak(NamedTuple):
+    """Something that two splits, or two labels, share and should not."""
+
+    kind: str  # "group", "content" or "label"
+    what: str  # in words
+    paths: tuple[str, ...]  # one of each side at least
+
+
+def leaks(rows: Iterable[tuple[str, str, Hashable | None, Hashable | list]]) -> list[Leak]:
+    """Find what a training split knows of a test split, and files that contradict each other.
+
+    Args:
+        rows: (path, split, group or None, labels) of every row of a manifest; several rows may
+            share a path.
+
+    Returns:
+        One `Leak` for each group that lies in several splits; for each content (files that are
+        equal byte for byte, or one file twice) that lies in several splits; and for each content
+        whose copies have different labels. Files that cannot be read are passed over.
+    """
+    groups: dict[Hashable, dict[str, str]] = defaultdict(dict)  # group -> split -> a path
+    facts: dict[str, tuple[frozenset, frozenset]] = {}  # path -> its splits, its labels
+    shared: dict[tuple, tuple] = {}  # few facts are different: a million rows share them
+    nothing: frozenset = frozenset()
+    for path, split, group, labels in rows:
+        if group is not None:
+            groups[group].setdefault(split, path)
+        label = tuple(labels) if isinstance(labels, list) else labels
+        splits_before, labels_before = facts.get(path, (nothing, nothing))
+        fact = splits_before | {split}, labels_before | {label}
+        facts[path] = shared.setdefault(fact, fact)
+
+    found = [
+        Leak("group", f"group {group!r} is in {_and(paths)}", tuple(paths.values()))
+        for group, paths in groups.items()
+        if len(paths) > 1
+    ]
+    copies = _equal_files(facts)
+    known = {path for paths in copies for path in paths}
+    for paths in [*copies, *((path,) for path in facts if path not in known)]:
+        splits = frozenset().union(*(facts[path][0] for path in paths))
+        if len(splits) > 1:
+            found.append(Leak("content", f"the same file is in {_and(splits)}", tuple(paths)))
+        if len({facts[path][1] for path in paths}) > 1:
+            found.append(Leak("label", "copies of a file have different labels", tuple(paths)))
+    return found
+
+
+def _and(splits: Iterable[str]) -> str:
+    *others, last = sorted(map(str, splits))
+    return f"{', '.join(others)} and {last}"
+
+
+def _equal_files(paths: Iterable[str]) -> list[list[str]]:
+    """Return the sets of files that are equal byte for byte; read no more than it takes."""
+    sets = [list(paths)]
+    for key in (_size, _hash_of_beginning, _hash):
+        smaller = []
+        for together in sets:
+            alike = defaultdict(list)
+            for path in together:
+                with contextlib.suppress(OSError):
+                    alike[key(path)].append(path)
+            smaller += [same for same in alike.values() if len(same) > 1]
+        sets = smaller
+    return sets
+
+
+def _size(path: str) -> int:
+    return Path(path).stat().st_size
+
+
+def _hash_of_beginning(path: str) -> bytes:
+    return _hash(path, most=1 << 16)
+
+
+def _hash(path: str, most: int | None = None) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while block := file.read(most or 1 << 20):
+            digest.update(block)
+            if most:
+                break
+    return digest.digest()

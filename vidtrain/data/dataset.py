@@ -90,7 +90,7 @@ class VideoDataset(Dataset[Sample]):
                 sample = self.load(path, row, rng)
             except DecodeError as error:
                 if self.on_error == "raise":
-                    raise
+                    raise UserError(f"{error} (data.on_error=skip would go on without)") from None
                 failures.append(Failure(index, str(path), error.reason))
                 if self.augment is None:
                     return {"index": index, "seed": seed, "failures": failures}

@@ -1,4 +1,4 @@
-"""2D backbones by name, and the folding of frames into the batch that lets them see video.
+"""2D backbones by name.
 
 An image network here, torchvision's or ours, has
 
@@ -29,34 +29,6 @@ Stage = Callable[[Tensor], Tensor]
 
 # The children of torchvision's networks that come after the feature map.
 _HEADS = ("norm", "permute", "avgpool", "flatten", "dropout", "classifier", "fc", "heads", "head")
-
-
-def fold_time(x: Tensor) -> Tensor:
-    """(B, C, T, H, W) -> (B·T, C, H, W)."""
-    return rearrange(x, "b c t h w -> (b t) c h w")
-
-
-def unfold_time(x: Tensor, num_frames: int) -> Tensor:
-    """(B·T, C, H, W) -> (B, C, T, H, W)."""
-    return rearrange(x, "(b t) c h w -> b c t h w", t=num_frames)
-
-
-def check_clip(x: Tensor, num_frames: int | None = None, size: int | None = None) -> None:
-    """Refuse a clip (B, C, T, H, W) of another shape than the network was built for.
-
-    Raises:
-        UserError: naming what the network takes and what came.
-    """
-    if num_frames is not None and x.shape[2] != num_frames:
-        raise UserError(
-            f"the model was built for clips of {num_frames} frames and got {x.shape[2]};"
-            " its weights depend on clip.num_frames"
-        )
-    if size is not None and tuple(x.shape[3:]) != (size, size):
-        raise UserError(
-            f"the model was built for frames of {size} x {size} pixels and got"
-            f" {x.shape[3]} x {x.shape[4]}; its weights depend on clip.size"
-        )
 
 
 def torchvision_names() -> list[str]:

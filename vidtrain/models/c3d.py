@@ -25,7 +25,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vidtrain.layers.image import check_clip
+from vidtrain.layers.frames import check_clip
 from vidtrain.types import UserError
 
 

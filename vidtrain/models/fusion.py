@@ -44,22 +44,46 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vidtrain.layers.conv import FoldedConv3d, FoldedTimeConv
+from vidtrain.layers.frames import check_clip, fold_time, unfold_time
 from vidtrain.layers.image import (
     TorchvisionNet,
     check_backbone,
-    check_clip,
     first_conv,
-    fold_time,
     replace_module,
     run_stages,
     stage_shapes,
     torchvision_names,
-    unfold_time,
 )
 from vidtrain.types import UserError
 
 # Extent and stride in time of slow fusion's first three convolutions.
 SLOW = ((4, 2), (2, 2), (2, 2))
+
+
+def _linear(dim: int, num_classes: int) -> nn.Module:
+    return nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+
+
+def _init_weights(module: nn.Module) -> None:
+    """He et al. 2015, fan in, for convolutions and linear layers."""
+    if isinstance(module, (nn.Conv2d, nn.Conv3d, nn.Linear)):
+        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def _named(**modules: nn.Module) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(modules))
+
+
+def _mlp(dim: int, widths: tuple[int, ...]) -> nn.Sequential:
+    layers = _named(flatten=nn.Flatten())
+    for i, width in enumerate(widths, start=1):
+        layers.add_module(f"fc{i}", nn.Linear(dim, width))
+        layers.add_module(f"relu{i}", nn.ReLU())
+        layers.add_module(f"dropout{i}", nn.Dropout(0.5))
+        dim = width
+    return layers
 
 
 class PlainNet(nn.Module):
@@ -113,18 +137,6 @@ class PlainNet(nn.Module):
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the classifier; 0 takes it away."""
         self.classifier = _linear(self.num_embedding, num_classes)
-
-
-def _linear(dim: int, num_classes: int) -> nn.Module:
-    return nn.Linear(dim, num_classes) if num_classes else nn.Identity()
-
-
-def _init_weights(module: nn.Module) -> None:
-    """He et al. 2015, fan in, for convolutions and linear layers."""
-    if isinstance(module, (nn.Conv2d, nn.Conv3d, nn.Linear)):
-        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def _karpathy_net(num_classes: int | None, size: int, in_channels: int = 3) -> PlainNet:
@@ -197,20 +209,6 @@ def _image_net(
     return TorchvisionNet(backbone, num_classes, size, in_channels)
 
 
-def _mlp(dim: int, widths: tuple[int, ...]) -> nn.Sequential:
-    layers = _named(flatten=nn.Flatten())
-    for i, width in enumerate(widths, start=1):
-        layers.add_module(f"fc{i}", nn.Linear(dim, width))
-        layers.add_module(f"relu{i}", nn.ReLU())
-        layers.add_module(f"dropout{i}", nn.Dropout(0.5))
-        dim = width
-    return layers
-
-
-def _named(**modules: nn.Module) -> nn.Sequential:
-    return nn.Sequential(OrderedDict(modules))
-
-
 class SingleFrame(nn.Module):
     """An image network on each frame; the probabilities of all frames are averaged.
 
@@ -218,28 +216,28 @@ class SingleFrame(nn.Module):
     frames' softmaxes. One frame gives the image network's own logits.
 
     Args:
-        net: Image network with its head.
+        backbone: Image network with its head.
         num_classes: K; 0 for the mean embedding.
     """
 
     inputs = ("video",)
 
-    def __init__(self, net: ImageModel, num_classes: int) -> None:
+    def __init__(self, backbone: ImageModel, num_classes: int) -> None:
         super().__init__()
-        self.net = net
-        self.num_features = net.num_features
+        self.backbone = backbone
+        self.num_features = backbone.num_features
         self.num_classes = num_classes
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> (B, D, T, h, w)."""
-        maps = self.net.to_map(run_stages(self.net, fold_time(x)))
+        maps = self.backbone.to_map(run_stages(self.backbone, fold_time(x)))
         return unfold_time(maps, x.shape[2])
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> (B, K)."""
-        check_clip(x, size=self.net.fixed_size)
+        check_clip(x, size=self.backbone.fixed_size)
         num_frames = x.shape[2]
-        x = self.net(fold_time(x)).unflatten(0, (-1, num_frames))  # (B, T, K)
+        x = self.backbone(fold_time(x)).unflatten(0, (-1, num_frames))  # (B, T, K)
         if num_frames == 1:
             return x.squeeze(1)
         if not self.num_classes:
@@ -248,7 +246,7 @@ class SingleFrame(nn.Module):
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the classifier; 0 takes it away."""
-        self.net.reset_classifier(num_classes)
+        self.backbone.reset_classifier(num_classes)
         self.num_classes = num_classes
 
 
@@ -256,16 +254,16 @@ class EarlyFusion(nn.Module):
     """An image network whose first convolution takes the channels of all frames.
 
     Args:
-        net: Image network with its head, for 3·T channels: those of a frame lie together.
+        backbone: Image network with its head, for 3·T channels: those of a frame lie together.
         num_frames: T.
     """
 
     inputs = ("video",)
 
-    def __init__(self, net: ImageModel, num_frames: int) -> None:
+    def __init__(self, backbone: ImageModel, num_frames: int) -> None:
         super().__init__()
-        self.net = net
-        self.num_features = net.num_features
+        self.backbone = backbone
+        self.num_features = backbone.num_features
         self.num_frames = num_frames
 
     def _stack(self, x: Tensor) -> Tensor:
@@ -275,23 +273,23 @@ class EarlyFusion(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> (B, D, 1, h, w)."""
-        return self.net.to_map(run_stages(self.net, self._stack(x))).unsqueeze(2)
+        return self.backbone.to_map(run_stages(self.backbone, self._stack(x))).unsqueeze(2)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> (B, K)."""
-        check_clip(x, size=self.net.fixed_size)
-        return self.net(self._stack(x))
+        check_clip(x, size=self.backbone.fixed_size)
+        return self.backbone(self._stack(x))
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the classifier; 0 takes it away."""
-        self.net.reset_classifier(num_classes)
+        self.backbone.reset_classifier(num_classes)
 
 
 class LateFusion(nn.Module):
     """An image network on each frame; fully connected layers on the maps of all frames together.
 
     Args:
-        net: Image network without head.
+        backbone: Image network without head.
         num_classes: K; 0 for the last hidden layer.
         num_frames: T.
         size: Height and width of the frames.
@@ -302,25 +300,25 @@ class LateFusion(nn.Module):
 
     def __init__(
         self,
-        net: ImageModel,
+        backbone: ImageModel,
         num_classes: int,
         num_frames: int,
         size: int,
         widths: tuple[int, ...],
     ) -> None:
         super().__init__()
-        self.net = net
-        self.num_features = net.num_features
+        self.backbone = backbone
+        self.num_features = backbone.num_features
         self.num_frames = num_frames
         self.size = size
         self.num_embedding = widths[-1]
-        self.mlp = _mlp(num_frames * math.prod(stage_shapes(net, size)[-1]), widths)
+        self.mlp = _mlp(num_frames * math.prod(stage_shapes(backbone, size)[-1]), widths)
         self.mlp.apply(_init_weights)
         self.reset_classifier(num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> (B, D, T, h, w)."""
-        maps = self.net.to_map(run_stages(self.net, fold_time(x)))
+        maps = self.backbone.to_map(run_stages(self.backbone, fold_time(x)))
         return unfold_time(maps, x.shape[2])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -338,26 +336,26 @@ class LateFusionPool(nn.Module):
     """An image network on each frame; the mean over time and space, then a linear layer.
 
     Args:
-        net: Image network without head.
+        backbone: Image network without head.
         num_classes: K; 0 for the mean.
     """
 
     inputs = ("video",)
 
-    def __init__(self, net: ImageModel, num_classes: int) -> None:
+    def __init__(self, backbone: ImageModel, num_classes: int) -> None:
         super().__init__()
-        self.net = net
-        self.num_features = net.num_features
+        self.backbone = backbone
+        self.num_features = backbone.num_features
         self.reset_classifier(num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> (B, D, T, h, w)."""
-        maps = self.net.to_map(run_stages(self.net, fold_time(x)))
+        maps = self.backbone.to_map(run_stages(self.backbone, fold_time(x)))
         return unfold_time(maps, x.shape[2])
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> (B, K)."""
-        check_clip(x, size=self.net.fixed_size)
+        check_clip(x, size=self.backbone.fixed_size)
         return self.classifier(self.forward_features(x).mean((2, 3, 4)))
 
     def reset_classifier(self, num_classes: int) -> None:
@@ -369,35 +367,35 @@ class SlowFusion(nn.Module):
     """An image network extended in time where it begins, so that frames are fused step by step.
 
     Args:
-        net: Image network with its head; it is rebuilt in place.
+        backbone: Image network with its head; it is rebuilt in place.
         num_frames: T. Fewer than 4 shorten the kernels.
         size: Height and width of the frames.
     """
 
     inputs = ("video",)
 
-    def __init__(self, net: ImageModel, num_frames: int, size: int) -> None:
+    def __init__(self, backbone: ImageModel, num_frames: int, size: int) -> None:
         super().__init__()
-        self.net = net
-        self.num_features = net.num_features
+        self.backbone = backbone
+        self.num_features = backbone.num_features
         self.num_frames = num_frames
         self.between = nn.ModuleDict()  # convolutions over time, by the stage that they follow
-        shapes = stage_shapes(net, size)
-        on_the_way = [stage for stage in net.stages() if isinstance(stage, nn.Conv2d)]
-        extended = on_the_way[:3] if len(on_the_way) >= 3 else [first_conv(net)[1]]
-        after = _where_maps_shrink(shapes[:-1], net.channels_last)
-        paths = {module: path for path, module in net.named_modules()}
+        shapes = stage_shapes(backbone, size)
+        on_the_way = [stage for stage in backbone.stages() if isinstance(stage, nn.Conv2d)]
+        extended = on_the_way[:3] if len(on_the_way) >= 3 else [first_conv(backbone)[1]]
+        after = _where_maps_shrink(shapes[:-1], backbone.channels_last)
+        paths = {module: path for path, module in backbone.named_modules()}
         frames = num_frames
         for i, (extent, stride) in enumerate(SLOW):
             extent = min(extent, frames)
             if i < len(extended):
                 conv = FoldedConv3d(extended[i], frames, extent, stride)
                 _init_weights(conv)
-                replace_module(net, paths[extended[i]], conv)
+                replace_module(backbone, paths[extended[i]], conv)
             elif frames > 1:
                 stage = after[i - 1]
-                dim = shapes[stage][-1 if net.channels_last else 1]
-                conv = FoldedTimeConv(dim, frames, extent, stride, net.channels_last)
+                dim = shapes[stage][-1 if backbone.channels_last else 1]
+                conv = FoldedTimeConv(dim, frames, extent, stride, backbone.channels_last)
                 self.between[str(stage)] = conv
             frames = (frames - extent) // stride + 1
         self.frames_left = frames
@@ -406,7 +404,7 @@ class SlowFusion(nn.Module):
         """(B, 3, T, H, W) -> (B·t, D, h, w), or what else the last stage gives."""
         check_clip(x, self.num_frames)
         x = fold_time(x)
-        for i, stage in enumerate(self.net.stages()):
+        for i, stage in enumerate(self.backbone.stages()):
             x = stage(x)
             if str(i) in self.between:
                 x = self.between[str(i)](x)
@@ -414,19 +412,19 @@ class SlowFusion(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> (B, D, t, h, w)."""
-        return unfold_time(self.net.to_map(self._run(x)), self.frames_left)
+        return unfold_time(self.backbone.to_map(self._run(x)), self.frames_left)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> (B, K)."""
-        check_clip(x, size=self.net.fixed_size)
+        check_clip(x, size=self.backbone.fixed_size)
         x = self._run(x)
         if self.frames_left > 1:
             x = x.unflatten(0, (-1, self.frames_left)).mean(1)
-        return self.net.head(x)
+        return self.backbone.head(x)
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the classifier; 0 takes it away."""
-        self.net.reset_classifier(num_classes)
+        self.backbone.reset_classifier(num_classes)
 
 
 def _where_maps_shrink(shapes: list[tuple[int, ...]], channels_last: bool) -> list[int]:

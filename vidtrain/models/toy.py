@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from vidtrain.layers.image import check_clip, fold_time, unfold_time
+from vidtrain.layers.frames import check_clip, fold_time, unfold_time
 from vidtrain.layers.pool import GlobalAvgPool
 
 

@@ -6,13 +6,11 @@ from typing import Any
 
 import torch
 from torchmetrics import MetricCollection
-from torchmetrics.classification import (
-    MulticlassAccuracy,
-    MultilabelAveragePrecision,
-)
+from torchmetrics.classification import MulticlassAccuracy
 
 from vidtrain.losses.classification import binary_cross_entropy, cross_entropy
 from vidtrain.metrics.hit import Hit
+from vidtrain.metrics.mean_ap import MeanAveragePrecision
 from vidtrain.tasks.base import StepOutput, VideoTask
 
 
@@ -34,11 +32,8 @@ class Classification(VideoTask):
         top5 = min(5, self.num_classes)
         if self.multi_label:
             return MetricCollection(
-                {
-                    "mAP": MultilabelAveragePrecision(self.num_classes),
-                    "hit1": Hit(1),
-                    "hit5": Hit(top5),
-                }
+                {"mAP": MeanAveragePrecision(), "hit1": Hit(1), "hit5": Hit(top5)},
+                compute_groups=False,
             )
         return MetricCollection(
             {

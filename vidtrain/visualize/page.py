@@ -246,7 +246,7 @@ def _in_words(protocol: Mapping[str, Any]) -> str:
     else:
         views = clips * crops if isinstance(clips, int) and isinstance(crops, int) else "?"
         seen = (
-            f"Each video is seen {views} times: {_many(clips, 'clip')} spread over its length, "
+            f"Each video is seen {'twice' if views == 2 else f'{views} times'}: {_many(clips, 'clip')} spread over its length, "
             f"{_many(crops, 'crop')} of each; the scores of these views are averaged."
         )
     rate = _rate(protocol.get("fps"))
@@ -296,7 +296,11 @@ def _order(curves: Mapping[str, Sequence[Point]], kind: str) -> list[str]:
             "map",
         )
 
-    return sorted(filter(belongs, curves), key=lambda name: (not name.startswith("val/"), name))
+    names = sorted(filter(belongs, curves), key=lambda name: (not name.startswith("val/"), name))
+    if kind != "lr":
+        return names
+    # Groups of parameters mostly share one rate: each different one is drawn once.
+    return list({tuple(curves[name]): name for name in reversed(names)}.values())[::-1]
 
 
 def _per_class(counts: np.ndarray, names: Sequence[str]) -> str:
@@ -593,8 +597,8 @@ def _many(count: Any, noun: str) -> str:
 
 
 def _ordinal(stride: Any) -> str:
-    """Write how often a frame is taken: each one, every 2nd, every 3rd, every 4th."""
-    return {1: "each one", 2: "every 2nd", 3: "every 3rd"}.get(stride, f"every {stride}th")
+    """Write which frames are taken: consecutive, every 2nd, every 3rd, every 4th."""
+    return {1: "consecutive", 2: "every 2nd", 3: "every 3rd"}.get(stride, f"every {stride}th")
 
 
 def _rate(fps: Any) -> str:
