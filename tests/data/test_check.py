@@ -41,8 +41,8 @@ def bad_files(folder: Path) -> dict[Path, str]:
         (folder / name).write_bytes(data)
         return folder / name
 
-    def zeroed(data: bytes) -> bytes:
-        start, end = len(data) * 45 // 100, len(data) * 55 // 100
+    def zeroed(data: bytes, start: float = 0.45, end: float = 0.55) -> bytes:
+        start, end = int(start * len(data)), int(end * len(data))
         return data[:start] + bytes(end - start) + data[end:]
 
     return {
@@ -54,6 +54,7 @@ def bad_files(folder: Path) -> dict[Path, str]:
         file("cut.avi", avi[: len(avi) * 6 // 10]): "frames can be found",
         write_audio(folder / "audio.mp4"): "sound only",
         file("zeroed.mp4", zeroed(plain)): "frames do not decode",
+        file("zeroed.mkv", zeroed(mkv, 0.35, 0.4)): "of 3.3 seconds",
         file("zeroed.avi", zeroed(avi)): "frames can be found",
         folder / "missing.mp4": "file not found",
         folder / "pipe.mp4": "a named pipe",
@@ -88,6 +89,14 @@ def test_damage_is_found_whatever_the_decoder(tmp_path: Path) -> None:
         assert result.frames == 60
     refused = probe(write_video(tmp_path / "b.mp4", open_gop=True), "decord")
     assert "decord may show wrong frames" in refused.error
+
+
+def test_time_without_frames_where_no_index_tells_of_it(tmp_path: Path) -> None:
+    """Matroska has no list of frames: a lost stretch shows only as a gap."""
+    times = [40 * i if i < 20 else 40 * i + 3000 for i in range(40)]
+    result = probe(write_video(tmp_path / "a.mkv", 40, pts=times))
+    assert result.error == "damaged: no frame between 0.8 and 3.8 seconds"
+    assert probe(write_video(tmp_path / "a.mp4", 40, pts=times)).ok
 
 
 def test_what_hangs_or_crashes_is_named_and_the_rest_goes_on() -> None:

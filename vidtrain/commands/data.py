@@ -176,7 +176,7 @@ def show(cfg: DictConfig, data: Any, console: Console) -> None:
         row = dataset.rows.row(sample["index"])
         clips.append(seen_by_model(data, sample))
         label = ", ".join(data.label_names[number] for number in row.labels) or "no label"
-        captions.append(f"{label}   {row.path}   {sample['fps']:.4g} frames/s")
+        captions.append(f"{label}\n{row.path}, {sample['fps']:.4g} frames/s")
     if not clips:
         raise UserError(
             f"not one clip of '{split}' can be read; vidtrain data action=check says why"

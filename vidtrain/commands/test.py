@@ -54,8 +54,11 @@ OF_TEST = ("ckpt", "split", "output", "allow", "test", "resume")
 
 
 def output_folder(cfg: DictConfig, path: Path) -> Path:
-    """Choose where the report goes: `output`, else Hydra's folder of this job."""
-    return Path(cfg.output).expanduser() if cfg.output else config.output_dir()
+    """Choose where the report goes: `output`, else a new folder in the checkpoint's run."""
+    if cfg.output:
+        return Path(cfg.output).expanduser()
+    run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    return run / f"test-{cfg.split}-{time.strftime('%Y-%m-%d_%H-%M-%S')}"
 
 
 def compare_labels(trained: list[str], tested: list[str], path: Path) -> None:
@@ -240,11 +243,14 @@ def print_report(console: Console, report: dict[str, Any]) -> None:
     for name, value in report["metrics"].items():
         table.add_row(name, f"{value:.4f}" if name.endswith("loss") else f"{100 * value:.2f} %")
     console.print(table)
-    missing = videos["asked"] - videos["scored"]
     console.print(f"on {videos['scored']} of {videos['asked']} videos", highlight=False)
-    if missing:
-        console.print(f"{missing} not scored:", style="bold yellow", highlight=False)
-        for failure in videos["failed"][:5]:
-            console.print(
-                f"  {failure['path']}: {failure['reason']}", markup=False, highlight=False
-            )
+    failed = videos["failed"]
+    left_out = videos["asked"] - videos["scored"] - len(failed)
+    if left_out:
+        console.print(f"{left_out} left out by trainer.limit_test_batches", style="bold yellow")
+    if failed:
+        console.print(f"{len(failed)} cannot be read:", style="bold yellow", highlight=False)
+    for failure in failed[:5]:
+        console.print(f"  {failure['path']}: {failure['reason']}", markup=False, highlight=False)
+    if len(failed) > 5:
+        console.print(f"  and {len(failed) - 5} more, in report.json")

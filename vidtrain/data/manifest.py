@@ -215,11 +215,13 @@ class Manifest:
 
     @property
     def splits(self) -> dict[str, int]:
-        """Count the rows of each split."""
+        """Count the rows of each split: train, val, test, then any other."""
         column = self._open()[0]["split"]
         names = column.dictionary.to_pylist()
-        counts = np.bincount(column.indices.to_numpy(), minlength=len(names))
-        return {name: int(count) for name, count in zip(names, counts, strict=True) if count}
+        counts = np.bincount(column.indices.to_numpy(), minlength=len(names)).tolist()
+        found = {name: count for name, count in zip(names, counts, strict=True) if count}
+        known = [name for name in ("train", "val", "test") if name in found]
+        return {name: found[name] for name in [*known, *sorted(set(found) - set(known))]}
 
     def label_counts(self, split: str) -> np.ndarray:
         """Count the rows of each class in a split: (K,) int64."""

@@ -129,13 +129,10 @@ class _Reader:
             return function(*arguments)
         except UserError:
             raise
-        except (
-            Exception
-        ) as error:  # decord and torchcodec raise what comes: RuntimeError and others
-            said = str(error).strip().splitlines() or [type(error).__name__]
-            raise DecodeError(
-                self.path, f"{self.decoder} cannot read it: {said[0][:200]}"
-            ) from None
+        except Exception as error:  # they raise what comes: RuntimeError, IndexError, their own
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            said = re.sub(r"^\[[\d:]+\] \S+: ", "", said)[:200]  # decord's time and source line
+            raise DecodeError(self.path, f"{self.decoder} cannot read it: {said}") from None
 
 
 class DecordReader(_Reader):

@@ -23,7 +23,7 @@ from av.video.frame import PictureType
 from av.video.reformatter import VideoReformatter
 
 from vidtrain.data.readers.files import why_not_video
-from vidtrain.data.readers.index import FrameIndex, read_index
+from vidtrain.data.readers.index import NO_TIME, FrameIndex, read_index
 from vidtrain.types import DecodeError
 
 if TYPE_CHECKING:
@@ -180,17 +180,27 @@ class PyAVReader:
         )
 
     def _missing_time(self) -> str | None:
-        """Compare with the duration in the header, where that is all a container promises."""
-        if not self.container.startswith(("matroska", "flv")) or len(self) < 2:
+        """Look for time without frames, where a container has no list of them to compare with."""
+        if self.container.startswith(("mov", "avi", "gif")) or len(self) < 3:
             return None
+        if (self.index.seek == NO_TIME).any():
+            return None
+        times = np.sort(self.index.seek[self.index.order]) * float(self._stream.time_base)
+        gaps = np.diff(times)
+        widest = int(gaps.argmax())
+        if gaps[widest] > max(1.0, 10 * float(np.median(gaps))):
+            start, end = times[widest], times[widest + 1]
+            return f"damaged: no frame between {start:.1f} and {end:.1f} seconds"
         promised = (self._container.duration or 0) / av.time_base
         stated = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", self._stream.metadata.get("DURATION", ""))
         if stated:  # of the picture alone
             hours, minutes, seconds = map(float, stated.groups())
             promised = hours * 3600 + minutes * 60 + seconds
-        end = float(self.index.seek.max() * self._stream.time_base) + 1 / self.fps
+        end = times[-1] + 1 / self.fps
         # sound may go on a little longer than the picture
-        if promised - end > max(0.5, 0.02 * promised):
+        if self.container.startswith(("matroska", "flv")) and promised - end > max(
+            0.5, 0.02 * promised
+        ):
             return f"cut off or damaged: it ends after {end:.1f} of {promised:.1f} seconds"
         return None
 
