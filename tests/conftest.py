@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 
 os.environ["WANDB_MODE"] = "disabled"  # a test that wants W&B says so itself
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside their own workers
 
 REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / "shared"

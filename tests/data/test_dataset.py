@@ -99,6 +99,13 @@ def test_a_piece_of_a_video(videos):
     assert "frames" not in late and "it has 2.00 s" in late["failures"][0].reason
 
 
+def test_a_span_of_every_video(videos):
+    rows = Rows(row(videos / "square.mp4"), row(videos / "square.mp4", start=0.0, end=0.5))
+    dataset = VideoDataset(rows, CLIP, span=[0.5, 1.0])
+    assert read_numbers(dataset[0, 0]["frames"]) == [10, 13, 16, 19]
+    assert read_numbers(dataset[1, 0]["frames"]) == [0, 3, 6, 9]  # the row's own goes before
+
+
 def test_the_region_is_cut_out_first(videos):
     whole = VideoDataset(Rows(row(videos / "wide.mp4")), CLIP)[0, 0]["frames"]
     part = VideoDataset(
@@ -152,6 +159,7 @@ def test_wrong_settings_are_named(videos):
         ({"on_error": "cry"}, "data.on_error"),
         ({"size": 200, "short_side": 100}, "views.size"),
         ({"region": [0, 0, 2, 1]}, "data.region"),
+        ({"span": [2, 1]}, "data.span"),
     ):
         with pytest.raises(UserError, match=said):
             VideoDataset(rows, CLIP, **settings)

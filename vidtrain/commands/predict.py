@@ -76,6 +76,7 @@ def main(cfg: DictConfig) -> int:
         how=facts["sampling"],
         past_end=facts["past_end"],
         region=facts["region"],
+        span=facts["span"],
         decoder=cfg.decoder,
     )
     workers = default_workers() if cfg.workers == "auto" else int(cfg.workers)

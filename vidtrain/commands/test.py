@@ -186,6 +186,7 @@ def protocol(data: Any, rates: list[float]) -> dict[str, Any]:
         "size": size,
         "short_side": views["short_side"] or size,
         "region": data.region,
+        "span": data.span,
         "fps": low if low == high else [low, high],
     }
 

@@ -48,14 +48,17 @@ def probe(path: str | Path, decoder: str = "auto") -> Probe:
     """
     path = os.fspath(path)
     facts: dict[str, int | float] = {}
+    reason = None
     try:
         check_decoder(decoder)
         with open_video(path) as reader:
             facts["frames"] = len(reader)
             facts["fps"] = round(reader.fps, 3)
             facts["duration"] = round(len(reader) / reader.fps, 3)
-            # a folder of pictures has no way but to read them
-            reason = reader.check().reason if hasattr(reader, "check") else _take_all(reader)
+            if hasattr(reader, "check"):
+                reason = reader.check().reason
+            else:  # a folder: its pictures can only be read
+                _take_all(reader)
             facts["width"], facts["height"] = reader.width, reader.height
         if reason is None and decoder not in ("auto", "pyav"):
             with open_video(path, decoder) as reader:

@@ -53,6 +53,7 @@ class VideoDataset(Dataset[Sample]):
         how: str = "random",
         past_end: sampling.PastEnd = "hold",
         region: Sequence[float] | None = None,
+        span: Sequence[float] | None = None,
         decoder: str = "auto",
         num_classes: int | None = None,
         on_error: str = "skip",
@@ -65,13 +66,16 @@ class VideoDataset(Dataset[Sample]):
             geometry.region_box(region, 1, 1)  # refuse a bad one now, not in a worker
         self.rows, self.clip, self.augment = rows, clip, augment
         self.clips, self.crops = clips, crops
+        if span is not None and not (len(span) == 2 and 0 <= span[0] < span[1]):
+            raise UserError(f"data.span is {list(span)}; it must be [from, to] in seconds")
         self.size = size or clip.size
         self.short_side = short_side or self.size
         if self.size > self.short_side:
             raise UserError(
                 f"views.size is {self.size}, more than views.short_side, {self.short_side}"
             )
-        self.how, self.past_end, self.region = how, past_end, region
+        self.how, self.past_end = how, past_end
+        self.region, self.span = region, span
         self.decoder, self.num_classes, self.on_error = decoder, num_classes, on_error
 
     def __len__(self) -> int:
@@ -125,7 +129,7 @@ class VideoDataset(Dataset[Sample]):
             DecodeError: naming the file and the reason.
         """
         with open_video(path, self.decoder) as reader:
-            first, length = span(reader, row)
+            first, length = stretch(reader, row, self.span)
             if self.augment is not None:
                 indices = first + self.choose(length, reader.fps, 1, rng)
                 sample: Sample = {"video": self.training_view(reader, indices, self.augment, rng)}
@@ -188,20 +192,23 @@ class VideoDataset(Dataset[Sample]):
         return geometry.region_box(self.region, reader.height, reader.width)
 
 
-def span(reader: VideoReader, row: Row) -> tuple[int, int]:
-    """Find the first frame of a row and how many there are, from its start and end in seconds.
+def stretch(reader: VideoReader, row: Row, span: Sequence[float] | None) -> tuple[int, int]:
+    """Find the first frame that counts and how many do: the row's own seconds, else `data.span`.
 
     Raises:
         DecodeError: the video has no frames there.
     """
     length = len(reader)
-    first = 0 if row.start is None else max(0, round(row.start * reader.fps))
-    last = length if row.end is None else min(length, round(row.end * reader.fps))
+    start, end = (row.start, row.end) if span is None else (span[0], span[1])
+    if row.start is not None or row.end is not None:
+        start, end = row.start, row.end
+    first = 0 if start is None else max(0, round(start * reader.fps))
+    last = length if end is None else min(length, round(end * reader.fps))
     if length < 1:
         raise DecodeError(reader.path, "it has no frames")
     if first >= length or last <= first:
         raise DecodeError(
             reader.path,
-            f"nothing between {row.start} and {row.end} s: it has {length / reader.fps:.2f} s",
+            f"nothing between {start} and {end} s: it has {length / reader.fps:.2f} s",
         )
     return first, last - first

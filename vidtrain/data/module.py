@@ -62,6 +62,7 @@ class VideoDataModule(L.LightningDataModule):
         clip, augment, views: as in conf/.
         sampling: `random` or `segments`.
         region: `[left, top, width, height]`, relative, cut out before everything else.
+        span: `[from, to]`, seconds of each video that count; a row's own start and end go before.
         hflip: False where left and right are classes: no flip, whatever `augment` says.
         multi_label: labels are sets.
         val_fraction: of the training rows (whole groups of them) that becomes the validation split
@@ -82,6 +83,7 @@ class VideoDataModule(L.LightningDataModule):
         sampling: str = "random",
         past_end: str = "hold",
         region: Sequence[float] | None = None,
+        span: Sequence[float] | None = None,
         hflip: bool = True,
         multi_label: bool = False,
         val_fraction: float = 0.0,
@@ -107,7 +109,8 @@ class VideoDataModule(L.LightningDataModule):
         self.prepare, self.num_classes, self.clip = prepare, num_classes, clip
         self.augment = Augment(**{**augment, **({} if hflip else {"hflip": 0.0})})
         self.views = views
-        self.sampling, self.past_end, self.region = sampling, past_end, region
+        self.sampling, self.past_end = sampling, past_end
+        self.region, self.span = region, span
         self.multi_label, self.val_fraction = multi_label, val_fraction
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.workers = default_workers() if workers == "auto" else int(workers)
@@ -190,6 +193,7 @@ class VideoDataModule(L.LightningDataModule):
             how=self.sampling,
             past_end=self.past_end,  # type: ignore[arg-type]
             region=self.region,
+            span=self.span,
             decoder=self.decoder,
             num_classes=self.num_classes if self.multi_label else None,
             on_error=self.on_error,

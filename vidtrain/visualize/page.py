@@ -225,6 +225,7 @@ def _protocol(report: Mapping[str, Any]) -> str:
         ("Crop", f"{p['size']} × {p['size']} pixels"),
         ("Short side before cropping", f"{protocol.get('short_side') or p['size']} pixels"),
         ("Region, relative", protocol.get("region")),
+        ("Seconds that count", protocol.get("span")),
         ("Videos asked for", _whole((report.get("videos") or {}).get("asked"))),
     ]
     cells = "".join(
