@@ -48,15 +48,15 @@ def prepare(cfg: DictConfig, data: Any, console: Console) -> None:
 
 def print_counts(console: Console, found: Any) -> None:
     """Compare what there is with what the dataset's authors count."""
-    table = Table()
-    table.add_column("split")
-    table.add_column("videos", justify="right")
-    table.add_column("official", justify="right")
-    table.add_column("missing", justify="right")
+    table = Table("split")
+    heads = ["videos", "official", "missing"] if found.official else ["videos"]
+    for head in heads:
+        table.add_column(head, justify="right")
     for split in {**found.splits, **found.official}:
         here, official = found.splits.get(split, 0), found.official.get(split)
         missing = "" if official is None else str(official - here)
-        table.add_row(split, str(here), "" if official is None else str(official), missing)
+        cells = [str(here), "" if official is None else str(official), missing]
+        table.add_row(split, *cells[: len(heads)])
     console.print(table)
 
 
@@ -85,7 +85,8 @@ def check(cfg: DictConfig, data: Any, console: Console) -> int:
         (str(data.manifest.absolute_path(row)), row.split, row.group, row.labels) for row in rows
     )
     for leak in found:
-        console.print(f"leak: {leak}", style="yellow", markup=False, soft_wrap=True)
+        line = f"{leak.what}: {', '.join(leak.paths[:3])}"
+        console.print(line, style="yellow", markup=False, soft_wrap=True)
     console.print(
         f"{len(probes) - len(bad)} of {len(probes)} files are sound, {len(bad)} unusable,"
         f" {len(found)} leaks; table in {output}",
