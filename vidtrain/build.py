@@ -101,7 +101,9 @@ def check_targets(node: Any, source: str, allow: Sequence[str] = ()) -> None:
         if target in allow:
             continue
         module = target.rpartition(".")[0]
-        shipped = any(module == part or (part[-1] == "." and module.startswith(part)) for part in SHIPPED)
+        shipped = any(
+            module == part or (part[-1] == "." and module.startswith(part)) for part in SHIPPED
+        )
         found = locate(target) if shipped else None
         if not callable(found) or getattr(found, "__module__", None) != module:
             raise UserError(
@@ -208,7 +210,7 @@ def trainer(
     if built.strategy.root_device.type == "cpu":
         share_cores()
     # Set after the fact: Hydra would turn callbacks and loggers into configs.
-    built.callbacks = [*built.callbacks, *callbacks]
+    built.callbacks = [*built.callbacks, *callbacks]  # type: ignore[attr-defined]
     built.loggers = loggers
     return built
 

@@ -138,8 +138,8 @@ def check_overrides(verb: str, overrides: Sequence[str]) -> None:
         group = override.key_or_group
         if not is_group(group) or override.is_delete():
             continue
-        value: Any = override.value()
-        for value in value.list if isinstance(value, ChoiceSweep) else [value]:
+        given: Any = override.value()
+        for value in given.list if isinstance(given, ChoiceSweep) else [given]:
             for name in map(str, value if isinstance(value, list) else [value]):
                 folder, _, stem = f"{group}/{name}".rpartition("/")
                 known = [

@@ -105,8 +105,19 @@ class VideoReader(Protocol):
 
     path: str  # for messages
     fps: float  # average rate, frames per second
-    width: int  # as shown: after rotation
-    height: int
+
+    @property
+    def width(self) -> int:
+        """Pixels as shown: after rotation."""
+        ...
+
+    @property
+    def height(self) -> int:
+        """Pixels as shown: after rotation."""
+        ...
+
+    def __enter__(self) -> VideoReader: ...
+    def __exit__(self, *error: object) -> None: ...
 
     def __len__(self) -> int:
         """Count the frames that a player would show."""

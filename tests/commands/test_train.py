@@ -47,8 +47,17 @@ def trained(tiny_dataset, tmp_path_factory):
     """A run of four epochs, tested, by the command itself; do not write into it."""
     folder = tmp_path_factory.mktemp("trained")
     done = subprocess.run(
-        [sys.executable, "-m", "vidtrain", "train", *TINY, f"data.root={tiny_dataset}"]
-        + ["trainer.max_epochs=4", "test=true", f"paths.cache={folder}"],
+        [
+            sys.executable,
+            "-m",
+            "vidtrain",
+            "train",
+            *TINY,
+            f"data.root={tiny_dataset}",
+            "trainer.max_epochs=4",
+            "test=true",
+            f"paths.cache={folder}",
+        ],
         cwd=folder,
         capture_output=True,
         text=True,

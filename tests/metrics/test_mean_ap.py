@@ -7,7 +7,9 @@ from vidtrain.metrics.mean_ap import MeanAveragePrecision, average_precision
 
 def test_average_precision_by_hand():
     target = torch.tensor([True, False, True, False])
-    assert average_precision(torch.tensor([0.9, 0.8, 0.7, 0.1]), target).item() == pytest.approx((1 + 2 / 3) / 2)
+    assert average_precision(torch.tensor([0.9, 0.8, 0.7, 0.1]), target).item() == pytest.approx(
+        (1 + 2 / 3) / 2
+    )
     assert average_precision(torch.tensor([0.9, 0.1, 0.8, 0.2]), target).item() == 1.0
     assert average_precision(torch.tensor([0.5, 0.5, 0.5, 0.5]), target).item() == 0.5  # chance
     assert average_precision(torch.rand(4), torch.zeros(4, dtype=torch.bool)).isnan()

@@ -34,5 +34,5 @@ def collate(samples: list[Sample]) -> dict[str, Any]:
         batch["video"] = torch.stack([sample["video"] for sample in good])
     else:
         for key in ("frames", "view_frames", "view_crops"):
-            batch[key] = [sample[key] for sample in good]  # type: ignore[literal-required]
+            batch[key] = [sample[key] for sample in good]
     return batch

@@ -36,7 +36,9 @@ class MeanAveragePrecision(Metric):
     def per_class(self) -> Tensor:
         """Give the average precision of each class: `(K,)`, NaN where no video has it."""
         scores, targets = dim_zero_cat(self.scores), dim_zero_cat(self.targets)
-        return torch.stack([average_precision(s, t) for s, t in zip(scores.T, targets.T, strict=True)])
+        return torch.stack(
+            [average_precision(s, t) for s, t in zip(scores.T, targets.T, strict=True)]
+        )
 
     def compute(self) -> Tensor:
         """Give the mean over the classes that some video has."""

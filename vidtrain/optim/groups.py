@@ -9,7 +9,8 @@ from torch import nn
 
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Split parameters in two: matrices and kernels decay, biases and norms (1-D) do not."""
-    decay, rest = [], []
+    decay: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for parameter in module.parameters():
         if parameter.requires_grad:
             (decay if parameter.ndim > 1 else rest).append(parameter)

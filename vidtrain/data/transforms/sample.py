@@ -91,7 +91,7 @@ def random_geometry(
     flip = bool(rng.random() < augment.hflip)
     if augment.area is not None:
         for _ in range(10):
-            area = height * width * rng.uniform(*augment.area)
+            area = height * width * rng.uniform(augment.area[0], augment.area[1])
             ratio = math.exp(rng.uniform(math.log(augment.ratio[0]), math.log(augment.ratio[1])))
             w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if 0 < w <= width and 0 < h <= height:
@@ -100,7 +100,7 @@ def random_geometry(
                 return Geometry(top, left, h, w, flip)
     side = min(height, width)
     if augment.scale is not None:
-        side = max(1, round(side / rng.uniform(*augment.scale)))
+        side = max(1, round(side / rng.uniform(augment.scale[0], augment.scale[1])))
         top = int(rng.integers(height - side + 1))
         left = int(rng.integers(width - side + 1))
         return Geometry(top, left, side, side, flip)
