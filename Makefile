@@ -38,22 +38,22 @@ clean: ## everything that the other targets made, but not runs/ and data/
 .venv/bin/python:
 	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 	  || { echo "vidtrain needs Python 3.10 or newer; name one: make PY=/path/to/python3.12"; exit 1; }
-	$(PY) -m venv .venv \
+	@$(PY) -m venv .venv \
 	  || { rm -rf .venv; echo "no venv module (Debian and Ubuntu: apt install python3-venv)"; exit 1; }
-	-.venv/bin/python -m pip install -q uv
+	-@.venv/bin/python -m pip install -q uv
 
 .venv/.ready: pyproject.toml | .venv/bin/python
-	$(INSTALL) . || .venv/bin/python -m pip install -q -e .
+	@$(INSTALL) . || .venv/bin/python -m pip install -q -e .
 	@touch $@
 
 .venv/.ready-dev: pyproject.toml | .venv/bin/python
-	$(INSTALL) '.[dev]' || .venv/bin/python -m pip install -q -e '.[dev]'
+	@$(INSTALL) '.[dev]' || .venv/bin/python -m pip install -q -e '.[dev]'
 	@touch $@ .venv/.ready
 
 .installed-for-%-dev: pyproject.toml
-	$(INSTALL) '.[dev]'
+	@$(INSTALL) '.[dev]'
 	@touch $@
 
 .installed-for-%: pyproject.toml
-	$(INSTALL) .
+	@$(INSTALL) .
 	@touch $@
