@@ -168,6 +168,17 @@ def task(cfg: DictConfig, network: nn.Module) -> VideoTask:
     return module
 
 
+def check_optim(cfg: DictConfig) -> None:
+    """Build the recipe's optimizer for a toy, so that a mistake shows before data are prepared."""
+    from torch import nn
+
+    recipe = instantiate(cfg.optim)
+    try:
+        recipe(nn.Linear(1, 1), 10)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"optim: {' '.join(str(error).split())}") from None
+
+
 def callbacks(cfg: DictConfig, run_dir: Path) -> list[Callback]:
     """Build the callbacks of `cfg.callbacks`, in their order; a null one is left out."""
     from vidtrain.callbacks.checkpoint import Checkpoint

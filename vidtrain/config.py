@@ -191,6 +191,9 @@ def _experiments(loader: Any, group: str) -> list[str]:
     return names
 
 
+USER_DIRS: list[Path] = []  # the user's conf folders in this process, the one that wins first
+
+
 def put_on_search_path(dirs: Sequence[Path]) -> None:
     """Put the user's folders before ours, so that a file of the same name is theirs."""
     from hydra.core.config_search_path import ConfigSearchPath
@@ -199,10 +202,13 @@ def put_on_search_path(dirs: Sequence[Path]) -> None:
 
     class UserConf(SearchPathPlugin):
         def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-            for folder in reversed(dirs):
+            for folder in reversed(USER_DIRS):
                 search_path.prepend("user", f"file://{folder}")
 
-    Plugins.instance().register(UserConf)
+    known = Plugins.instance().discover(SearchPathPlugin)
+    if not any(plugin.__name__ == UserConf.__name__ for plugin in known):
+        Plugins.instance().register(UserConf)
+    USER_DIRS[:] = dirs
 
 
 def run(verb: str, args: list[str]) -> None:
@@ -217,7 +223,7 @@ def run(verb: str, args: list[str]) -> None:
         from hydra import initialize_config_dir
         from hydra._internal.utils import get_args_parser
 
-        if dirs:
+        if dirs or USER_DIRS:
             put_on_search_path(dirs)
         parsed = get_args_parser().parse_args(args)
         if not (parsed.help or parsed.hydra_help or parsed.info or parsed.shell_completion):

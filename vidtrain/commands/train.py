@@ -32,6 +32,8 @@ def main(cfg: DictConfig) -> float | int | None:
     run_dir = config.output_dir()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
 
+    start = None if cfg.ckpt is None else checkpoint.find(cfg.ckpt)
+    build.check_optim(cfg)
     data = build.data(cfg)
     if cfg.data.num_classes is None:  # the one thing that only the data can tell
         with open_dict(cfg):
@@ -47,8 +49,8 @@ def main(cfg: DictConfig) -> float | int | None:
     task.description = checkpoint.describe(
         cfg, name, data.label_names, data.manifest.fingerprint, command()
     )
-    if cfg.ckpt is not None:
-        start_from(task, checkpoint.find(cfg.ckpt), console)
+    if start is not None:
+        start_from(task, start, console)
     resume_from = find_run(cfg, run_dir, console)
     if resume_from is not None:
         made, run_dir = run_dir, resume_from.parent.parent
