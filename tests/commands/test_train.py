@@ -75,6 +75,7 @@ def test_train_ends_in_a_tested_checkpoint_and_a_report(trained):
     assert report["protocol"]["crops"] == 2 and report["protocol"]["size"] == 32
     assert report["protocol"]["fps"] == 12.0  # 24 frames per second, every second one
     assert report["videos"] == {"asked": 6, "scored": 6, "failed": []}
+    assert Path(report["ckpt"]) == only("checkpoints/epoch_*.ckpt", run)
     assert report["model"] == "late_fusion_pool" and report["label_names"][1] == "it's (a) pear"
     rows = read_csv(run / "predictions.csv")
     assert len(rows) == 6
@@ -276,6 +277,20 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     whole, parts = only("whole/*/*", tmp_path), only("parts/*/*", tmp_path)
     ours, theirs = weights(whole), weights(parts)
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("validated", [True, False])
+def test_a_finished_run_can_be_given_more_epochs(vidtrain, tiny_dataset, tmp_path, validated):
+    line = [*TINY, f"data.root={tiny_dataset}", "optim.schedule=constant", "optim.warmup=0"]
+    line += [] if validated else ["trainer.limit_val_batches=0"]
+    assert vidtrain("train", *line, "paths.runs=whole", "trainer.max_epochs=3").code == 0
+    assert vidtrain("train", *line, "paths.runs=parts", "trainer.max_epochs=1").code == 0
+    run = only("parts/*/*", tmp_path)
+    more = vidtrain("train", *line, "paths.runs=parts", "trainer.max_epochs=3", f"resume={run}")
+    assert more.code == 0, more.err
+    ours, theirs = weights(only("whole/*/*", tmp_path)), weights(only("parts/*/*", tmp_path))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert len(list((run / "checkpoints").glob("epoch_*.ckpt"))) == 1
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

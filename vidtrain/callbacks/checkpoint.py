@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning.pytorch as L
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.trainer.states import TrainerFn
 
 
 class Stopped(Exception):
@@ -92,14 +91,8 @@ class Checkpoint(ModelCheckpoint):
         if not trainer.sanity_checking:
             self._stop_if_asked(trainer)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the best, and the latest whether it is the best or not (Lightning saves only then)."""
-        super().on_validation_end(trainer, pl_module)
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self.save_now(trainer)
-
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the latest state of an epoch that was not validated."""
+        """Save the best, and the latest whether it is the best or not (Lightning saves only then)."""
         super().on_train_epoch_end(trainer, pl_module)
         self.save_now(trainer)
 
