@@ -165,6 +165,10 @@ def task(cfg: DictConfig, network: nn.Module) -> VideoTask:
     module.model = network
     module.optimizer = instantiate(cfg.optim)
     module.views_per_forward = cfg.views.per_forward
+    if module.views_per_forward is not None and module.views_per_forward < 1:
+        raise UserError(
+            f"views.per_forward is {module.views_per_forward}; at least 1, or null for all"
+        )
     return module
 
 
@@ -191,7 +195,8 @@ def callbacks(cfg: DictConfig, run_dir: Path) -> list[Callback]:
         if isinstance(callback, Checkpoint):
             callback.dirpath = str(run_dir / "checkpoints")
         built.append(callback)
-    return built
+    # Last, so that every other callback has seen what is saved.
+    return sorted(built, key=lambda callback: isinstance(callback, Checkpoint))
 
 
 def loggers(cfg: DictConfig, run_dir: Path) -> list[Logger]:
@@ -236,5 +241,7 @@ def share_cores() -> None:
 
     import torch
 
+    from vidtrain.data.module import cores
+
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))
+        torch.set_num_threads(max(1, cores() - 1))

@@ -8,6 +8,7 @@ values, never code.
 
 from __future__ import annotations
 
+import json
 import pickle
 import zipfile
 from collections.abc import Sequence
@@ -88,15 +89,26 @@ def config_of(checkpoint: dict[str, Any]) -> DictConfig:
     return cfg
 
 
-def build_task(
-    cfg: DictConfig, checkpoint: dict[str, Any], source: Path, allow: Sequence[str]
-) -> VideoTask:
-    """Build a checkpoint's network and task and fill in its weights.
+def plain(cfg: DictConfig, source: Path) -> DictConfig:
+    """Follow a checkpoint's interpolations, so that what is checked is what is built.
+
+    Raises:
+        UserError: one is left, as an escaped one would be: Hydra would follow it after the check.
+    """
+    values = resolved(cfg)
+    if "${" in json.dumps(values, default=str):
+        raise UserError(f"{source} has an interpolation hidden in its config; it is not loaded")
+    return DictConfig(values)
+
+
+def build_task(checkpoint: dict[str, Any], source: Path, allow: Sequence[str]) -> VideoTask:
+    """Build the network and task of a checkpoint as they were trained, and fill in the weights.
 
     Raises:
         UserError: its config names what vidtrain does not ship, or the weights do not fit it.
     """
-    for part in ("model", "task", "optim", "clip"):
+    cfg = plain(OmegaConf.create(checkpoint["vidtrain"]["config"]), source)
+    for part in ("model", "task", "optim"):
         build.check_targets(cfg[part], str(source), allow)
     task = build.task(cfg, build.model(cfg))
     try:

@@ -232,28 +232,41 @@ def run(verb: str, args: list[str]) -> None:
     except UserError as error:
         fail(verb, error)
 
-    # Lightning starts other ranks by running sys.argv again; the verb must be in it.
     sys.argv = [sys.argv[0], *args]
+    sys.path.append(os.getcwd())  # `model._target_=mine.net` of a file beside the user
     os.environ.setdefault(
         "HYDRA_FULL_ERROR", "1"
     )  # a bug is shown whole; a mistake never gets there
+    from hydra.errors import HydraException, InstantiationException
     from omegaconf.errors import OmegaConfBaseException
 
+    task = _task(verb, [sys.argv[0], verb, *(f"--config-dir={folder}" for folder in dirs)])
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=verb)(_task(verb))()
-    except OmegaConfBaseException as error:
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=verb)(task)()
+    except (OmegaConfBaseException, HydraException) as error:
+        if isinstance(error, InstantiationException):
+            raise
         fail(verb, UserError(one_line(error)))
 
 
-def _task(verb: str) -> Callable[[DictConfig], Any]:
-    """Wrap a verb's main: a mistake becomes one line and exit code 2."""
+def _task(verb: str, start: list[str]) -> Callable[[DictConfig], Any]:
+    """Wrap a verb's main: a mistake becomes one line and exit code 2.
+
+    Args:
+        verb: its name.
+        start: how this job's command line begins. Lightning starts other ranks by running
+            `sys.argv` again: the verb must be in it, and of a sweep this job's own overrides.
+    """
 
     def task(cfg: DictConfig) -> Any:
         from importlib import import_module
 
         from omegaconf import OmegaConf
 
+        sys.argv = [*start, *task_overrides()]
         try:
+            if not isinstance(cfg.seed, int) or cfg.seed < 0:
+                raise UserError(f"seed is {cfg.seed!r}; it must be a whole number from 0")
             for key in REQUIRED.get(verb, ()):
                 if OmegaConf.is_missing(cfg, key) or cfg[key] is None:
                     raise UserError(f"{key} is not set; add {key}=...")
@@ -323,6 +336,8 @@ def overlay(saved: DictConfig, given: DictConfig, overrides: Sequence[str]) -> D
     with open_dict(merged):
         for word in overrides:
             key = word.partition("=")[0].lstrip("+~").partition("@")[0]
+            if key not in given and "." not in key:
+                continue  # a group like debug, which sets keys of others: those are the verb's own
             value = OmegaConf.select(given, key)
             node = given._get_node(key) if "." not in key else None
             if node is not None and OmegaConf.is_dict(node):

@@ -83,7 +83,7 @@ class Sample(TypedDict, total=False):
     frames: Tensor  # (N, C, H, W) uint8, each wanted frame once (testing) ...
     view_frames: Tensor  # (V, T) int64, which of them make a view ...
     view_crops: Tensor  # (V, 3) int64, and where it lies in them: top, left, size
-    label: Tensor  # () int64, or (K,) float32 of zeros and ones
+    label: Tensor  # () int64, -1 where unknown, or (K,) float32 of zeros and ones
     index: int  # the row of the split
     seed: int  # of this sample's random draws
     fps: float  # frames per second as the model sees them

@@ -149,7 +149,10 @@ def test_a_set_of_bad_videos_ends_with_their_names(videos):
 def test_many_labels_are_zeros_and_ones(videos):
     dataset = VideoDataset(Rows(row(videos / "square.mp4", (0, 3))), CLIP, num_classes=5)
     assert dataset[0, 0]["label"].tolist() == [1, 0, 0, 1, 0]
-    assert "label" not in VideoDataset(Rows(row(videos / "square.mp4", ())), CLIP)[0, 0]
+    unlabelled = Rows(row(videos / "square.mp4", ()))
+    assert VideoDataset(unlabelled, CLIP, num_classes=5)[0, 0]["label"].tolist() == [0] * 5
+    assert VideoDataset(unlabelled, CLIP)[0, 0]["label"].item() == -1
+
 
 
 def test_wrong_settings_are_named(videos):
@@ -160,6 +163,9 @@ def test_wrong_settings_are_named(videos):
         ({"size": 200, "short_side": 100}, "views.size"),
         ({"region": [0, 0, 2, 1]}, "data.region"),
         ({"span": [2, 1]}, "data.span"),
+        ({"region": [0, 0, 1]}, "data.region"),
+        ({"clips": 0}, "views.clips"),
+        ({"short_side": {"a": 1}}, "views.short_side"),
     ):
         with pytest.raises(UserError, match=said):
             VideoDataset(rows, CLIP, **settings)

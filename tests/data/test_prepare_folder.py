@@ -40,7 +40,7 @@ def test_a_folder_per_class(tmp_path: Path) -> None:
     assert labels["Ab seil's (x)/3.mp4"] == [0] and labels["zumba/deep/er/10.avi"] == [1]
     assert sizes(found) == {"train": 15, "val": 2, "test": 4}
     assert prepare(tmp_path).rows.equals(found.rows)
-    other = prepare(tmp_path, seed=1)
+    other = prepare(tmp_path, split_seed=1)
     assert sizes(other) == sizes(found) and not other.rows.equals(found.rows)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import lightning.pytorch as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from vidtrain.types import UserError
+
 
 class Stopped(Exception):
     """Training was asked to stop, and did so between two steps.
@@ -30,8 +32,9 @@ class Checkpoint(ModelCheckpoint):
     Ctrl-C stops at once. A state saved in the middle of a step could not be gone on with.
 
     Args:
-        monitor: the metric that decides which epoch is best (highest); `auto`: val/top1, with many
-            labels val/mAP. Without validation videos the last epoch counts as the best.
+        monitor: the metric that decides which epoch is best: the lowest of one named `loss`, the
+            highest of any other; `auto`: val/top1, with many labels val/mAP. Without validation
+            videos the last epoch counts as the best.
         every_n_steps: save `last.ckpt` this often, besides at the end of each epoch.
     """
 
@@ -40,13 +43,14 @@ class Checkpoint(ModelCheckpoint):
             filename="epoch_{epoch:03d}",
             auto_insert_metric_name=False,
             monitor=None if monitor == "auto" else monitor,
-            mode="max",
+            mode="min" if "loss" in monitor else "max",
             save_last=True,
             save_top_k=1,
             enable_version_counter=False,
         )
         self.wanted_monitor = monitor
         self.every_n_steps = every_n_steps
+        self._written = 0  # the step of the last `last.ckpt` that we wrote ourselves
         self._signal: int | None = None
         self._previous: dict[int, Any] = {}
 
@@ -80,29 +84,57 @@ class Checkpoint(ModelCheckpoint):
         self._previous.clear()
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
-        """Stop here when asked to; every callback has seen the step, and all of it is counted."""
+        """Stop here when asked to; every callback has seen the step, and all of it is counted.
+
+        The last step of an epoch is followed by its validation first: a run that goes on would
+        not come back to it. So is a step whose gradients are still being accumulated by the next.
+        """
         super().on_train_batch_end(trainer, *args, **kwargs)
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        if progress.is_last_batch or progress.current.ready % trainer.accumulate_grad_batches:
+            return
         if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
             self.save_now(trainer)
         self._stop_if_asked(trainer)
 
-    def on_validation_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
-        """Stop in the middle of a validation when asked to."""
-        if not trainer.sanity_checking:
-            self._stop_if_asked(trainer)
-
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the best, and the latest whether it is the best or not (Lightning saves only then)."""
-        super().on_train_epoch_end(trainer, pl_module)
+        if self.monitor is None or self.monitor in trainer.callback_metrics:
+            super().on_train_epoch_end(trainer, pl_module)
+        elif trainer.sanity_checking is False and validated(trainer):
+            measured = sorted(key for key in trainer.callback_metrics if key.startswith("val/"))
+            raise UserError(
+                f"callbacks.checkpoint.monitor is '{self.monitor}', which was not measured;"
+                + (
+                    f" there are {', '.join(measured)}"
+                    if measured
+                    else " no validation video can be read"
+                )
+            )
         self.save_now(trainer)
+        self._stop_if_asked(trainer)
 
     def _stop_if_asked(self, trainer: L.Trainer) -> None:
-        if self._signal is not None:
+        # All ranks stop at the same step: saving gathers from each of them.
+        asked = self._signal is not None
+        if trainer.world_size > 1:
+            asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
+        if asked:
+            number = self._signal or signal.SIGTERM
             self.save_now(trainer)
-            name = signal.Signals(self._signal).name
-            raise Stopped(f"stopped by {name} after step {trainer.global_step}", 128 + self._signal)
+            name = signal.Signals(number).name
+            raise Stopped(f"stopped by {name} after step {trainer.global_step}", 128 + number)
 
     def save_now(self, trainer: L.Trainer) -> None:
         """Write `last.ckpt` as things stand."""
-        if trainer.global_step > self._last_global_step_saved:
+        if trainer.global_step > max(self._written, self._last_global_step_saved):
+            # Lightning would take this for the epoch's checkpoint and not look for the best.
+            kept = self._last_global_step_saved
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+            self._last_global_step_saved, self._written = kept, trainer.global_step
+
+
+def validated(trainer: L.Trainer) -> bool:
+    """Say whether this epoch was to be validated."""
+    every = trainer.check_val_every_n_epoch or 1
+    return bool(trainer.limit_val_batches) and (trainer.current_epoch + 1) % every == 0

@@ -71,7 +71,22 @@ class CountFailures(L.Callback):
         if len(self.found) == SHOWN:
             Console(stderr=True).print("further skipped videos are counted in data/failures")
 
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Name the validation videos that the epoch's score does not rest on."""
+        for failure in batch["failures"]:
+            self._say(failure)
+
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log how many of this epoch's videos failed, over all ranks."""
+        if not self._asked:
+            return
         count = torch.tensor(float(self._failed), device=pl_module.device)
         pl_module.log("data/failures", count, reduce_fx="sum", sync_dist=trainer.world_size > 1)

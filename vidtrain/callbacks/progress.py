@@ -36,12 +36,26 @@ class Bar(RichProgressBar):
 class Lines(ProgressBar):
     """One line an epoch: for logs, pipes and clusters."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._enabled = True
+
+    def enable(self) -> None:
+        """Print."""
+        self._enabled = True
+
+    def disable(self) -> None:
+        """Be quiet: Lightning asks it of every rank but the first."""
+        self._enabled = False
+
     def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
         """Note the time; a run that goes on in the middle of an epoch starts none."""
         self._began = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print the epoch's metrics."""
+        if not self._enabled or not measured(trainer):
+            return
         metrics = {
             key: value.item()
             for key, value in trainer.callback_metrics.items()

@@ -20,7 +20,7 @@ def random_state() -> dict[str, Any]:
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
         "numpy": [torch.from_numpy(np.array(keys, dtype=np.int64)), position, has_gauss, cached],
         "python": [version, list(state), gauss],
     }
@@ -30,7 +30,7 @@ def set_random_state(state: dict[str, Any]) -> None:
     """Put the generators back where they were."""
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])
+        torch.cuda.set_rng_state(state["cuda"][0].cpu())
     keys, *rest = state["numpy"]
     np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
     version, words, gauss = state["python"]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -21,10 +22,41 @@ def main(cfg: DictConfig) -> int | None:
     """Run one action. Returns 1 when `check` found something unusable."""
     if cfg.action not in ACTIONS:
         raise UserError(f"no action '{cfg.action}'{config.nearest(cfg.action, list(ACTIONS))}")
+    check_settings(cfg)
     data = build.data(cfg)
     if cfg.split is not None:
         data.split_of(cfg.split)
-    return ACTIONS[cfg.action](cfg, data, Console())
+    # No emoji: a class `:car:` is printed as it is.
+    return ACTIONS[cfg.action](cfg, data, Console(emoji=False))
+
+
+def check_settings(cfg: DictConfig) -> None:
+    """Refuse bad settings before the work.
+
+    Raises:
+        UserError: naming the key.
+    """
+    clips, seconds = cfg.clips, cfg.time_limit
+    if not isinstance(clips, int) or isinstance(clips, bool) or clips < 1:
+        raise UserError(f"clips is {clips!r}; it must be a whole number, at least 1")
+    if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not seconds > 0:
+        raise UserError(f"time_limit is {seconds!r}; it must be a number of seconds, more than 0")
+    if cfg.output is not None:
+        output_file(cfg, "")
+
+
+def output_file(cfg: DictConfig, default: str) -> Path:
+    """Say where `output` goes.
+
+    Raises:
+        UserError: a folder, or in a folder that is not there.
+    """
+    output = Path(str(default if cfg.output is None else cfg.output)).expanduser()
+    if output.is_dir():
+        raise UserError(f"output={output} is a folder; name a file in it")
+    if not output.parent.is_dir():
+        raise UserError(f"output={output}: there is no folder {output.parent}")
+    return output
 
 
 def rows_of(cfg: DictConfig, data: Any) -> list[Any]:
@@ -38,12 +70,14 @@ def prepare(cfg: DictConfig, data: Any, console: Console) -> None:
     """Read the annotations anew and write the manifest."""
     found = data.write_manifest()
     console.print(
-        f"{data.name}: {len(found)} rows, {len(found.label_names)} classes", highlight=False
+        f"{data.name}: {len(found)} rows, {len(found.label_names)} classes",
+        markup=False,
+        highlight=False,
     )
     print_counts(console, found)
     for note in found.notes:
         console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
-    console.print(f"manifest {data.manifest_path()}", highlight=False, soft_wrap=True)
+    console.print(f"manifest {data.manifest_path()}", markup=False, highlight=False, soft_wrap=True)
 
 
 def print_counts(console: Console, found: Any) -> None:
@@ -56,7 +90,7 @@ def print_counts(console: Console, found: Any) -> None:
         here, official = found.splits.get(split, 0), found.official.get(split)
         missing = "" if official is None else str(official - here)
         cells = [str(here), "" if official is None else str(official), missing]
-        table.add_row(split, *cells[: len(heads)])
+        table.add_row(escape(split), *cells[: len(heads)])
     console.print(table)
 
 
@@ -65,6 +99,7 @@ def check(cfg: DictConfig, data: Any, console: Console) -> int:
     from vidtrain.data.check import check_files, leaks, write_table
 
     rows = rows_of(cfg, data)
+    output = output_file(cfg, f"{data.name}-check.csv")
     paths = list(dict.fromkeys(str(data.manifest.absolute_path(row)) for row in rows))
     probes = []
     with Progress(console=Console(stderr=True)) as bar:
@@ -73,7 +108,6 @@ def check(cfg: DictConfig, data: Any, console: Console) -> int:
         for probe in check_files(paths, workers, float(cfg.time_limit)):
             probes.append(probe)
             bar.advance(bar_of_files)
-    output = Path(cfg.output or f"{data.name}-check.csv").expanduser()
     write_table(probes, output)
     bad = [probe for probe in probes if not probe.ok]
     print_counts(console, data.manifest)
@@ -90,6 +124,7 @@ def check(cfg: DictConfig, data: Any, console: Console) -> int:
     console.print(
         f"{len(probes) - len(bad)} of {len(probes)} files are sound, {len(bad)} unusable,"
         f" {len(found)} leaks; table in {output}",
+        markup=False,
         highlight=False,
         soft_wrap=True,
     )
@@ -102,16 +137,16 @@ def stats(cfg: DictConfig, data: Any, console: Console) -> None:
 
     rows = rows_of(cfg, data)
     names = data.label_names
-    splits = list(data.manifest.splits)
+    splits = list(data.manifest.splits) if cfg.split is None else [cfg.split]
     counts = Counter((label, row.split) for row in rows for label in row.labels)
-    table = Table(
-        title=f"{data.name}: {len(rows)} videos, {len(names)} classes", title_justify="left"
+    console.print(
+        f"{data.name}: {len(rows)} videos, {len(names)} classes", markup=False, highlight=False
     )
-    table.add_column("class")
+    table = Table("class")
     for split in splits:
-        table.add_column(split, justify="right")
+        table.add_column(escape(split), justify="right")
     for number, name in enumerate(names):
-        table.add_row(name, *(str(counts[number, split]) for split in splits))
+        table.add_row(escape(name), *(str(counts[number, split]) for split in splits))
     console.print(table)
 
     some = rows if len(rows) <= SAMPLED else [rows[i] for i in sample_of(len(rows), SAMPLED)]
@@ -182,11 +217,12 @@ def show(cfg: DictConfig, data: Any, console: Console) -> None:
         raise UserError(
             f"not one clip of '{split}' can be read; vidtrain data action=check says why"
         )
-    output = Path(cfg.output or f"{data.name}-{split}.png").expanduser()
+    output = output_file(cfg, f"{data.name}-{split}.png")
     contact_sheet([clip.to(torch.uint8) for clip in clips], captions, output)
     clip: Clip = data.clip
     console.print(
         f"{len(clips)} clips of {clip.num_frames} frames, {clip.size} x {clip.size}, in {output}",
+        markup=False,
         highlight=False,
         soft_wrap=True,
     )

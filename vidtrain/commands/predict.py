@@ -10,11 +10,12 @@ from typing import Any, TextIO
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 from torch.utils.data import DataLoader
 
-from vidtrain import checkpoint, config
+from vidtrain import build, checkpoint, config
 from vidtrain.data.collate import collate
 from vidtrain.data.dataset import VideoDataset
 from vidtrain.data.manifest import Row
@@ -51,6 +52,14 @@ class Files:
 
 def main(cfg: DictConfig) -> int:
     """Predict every file. Returns 1 when at least one could not be read, else 0."""
+    check_number("batch_size", cfg.batch_size, 1)
+    check_number("top", cfg.top, 1)
+    if cfg.workers != "auto":
+        check_number("workers", cfg.workers, 0)
+    device = find_device(cfg.device)
+    if device.type == "cpu":
+        build.share_cores()
+    output = output_file(cfg.output)
     path = checkpoint.find(cfg.ckpt)
     saved = checkpoint.load(path)
     overrides = [
@@ -59,8 +68,14 @@ def main(cfg: DictConfig) -> int:
         if word.split("=")[0].split(".")[0] in ("views", "clip")
     ]
     merged = config.overlay(checkpoint.config_of(saved), cfg, overrides)
-    task = checkpoint.build_task(merged, saved, path, cfg.allow)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    merged = checkpoint.plain(merged, path)
+    for part in ("views", "clip"):
+        build.check_targets(merged[part], str(path), cfg.allow)
+    for key in ("short_side", "size", "per_forward"):
+        if merged.views[key] is not None:
+            check_number(f"views.{key}", merged.views[key], 1)
+    task = checkpoint.build_task(saved, path, cfg.allow)
+    task.views_per_forward = merged.views.per_forward
     task.to(device).eval()
 
     files = find_files(Path(str(cfg.input)).expanduser())
@@ -79,7 +94,7 @@ def main(cfg: DictConfig) -> int:
         span=facts["span"],
         decoder=cfg.decoder,
     )
-    workers = default_workers() if cfg.workers == "auto" else int(cfg.workers)
+    workers = default_workers() if cfg.workers == "auto" else cfg.workers
     loader = DataLoader(
         dataset,
         batch_sampler=EvaluationOrder(len(dataset), cfg.batch_size, 0, 1),
@@ -88,14 +103,15 @@ def main(cfg: DictConfig) -> int:
         worker_init_fn=start_worker,
     )
     names = saved["vidtrain"]["label_names"]
-    output = Path(str(cfg.output)).expanduser()
-    if not output.parent.is_dir():
-        raise UserError(f"output={output}: there is no folder {output.parent}")
-    console = Console()
+    console = Console(emoji=False)  # a label `:car:` is printed as it is
     shown: list[dict[str, Any]] = []
     failed = 0
-    # stderr keeps the bar apart from a table that somebody pipes on
-    with output.open("w", encoding="utf-8") as file, Progress(console=Console(stderr=True)) as bar:
+    # A file name may hold bytes that are no text: JSON's own escapes carry them. The bar goes to
+    # stderr, apart from a table that somebody pipes on.
+    with (
+        output.open("w", encoding="utf-8", errors="backslashreplace") as file,
+        Progress(console=Console(stderr=True)) as bar,
+    ):
         bar_of_files = bar.add_task("predict", total=len(files))
         for line in predictions(task, loader, clip, device, files, names, cfg.top):
             failed += "error" in line
@@ -104,8 +120,53 @@ def main(cfg: DictConfig) -> int:
                 shown.append(line)
             bar.advance(bar_of_files)
     console.print(as_table(shown, len(files)))
-    console.print(f"{len(files) - failed} of {len(files)} videos, in {output}", highlight=False)
+    console.print(
+        f"{len(files) - failed} of {len(files)} videos, in {output}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
     return 1 if failed else 0
+
+
+def check_number(key: str, value: Any, least: int) -> None:
+    """Refuse a setting that is not a whole number of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UserError(f"{key} is {value!r}; it must be a whole number, at least {least}")
+
+
+def find_device(name: Any) -> torch.device:
+    """Turn the setting `device` into a device that works here; `auto` is a GPU where there is one.
+
+    Raises:
+        UserError: torch knows no such device, or this machine has none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(str(name))
+        torch.zeros(1, device=device).cpu()  # what is not there shows only in use
+    except (RuntimeError, AssertionError, ImportError) as error:
+        gpus = torch.cuda.device_count()
+        there = ["auto", "cpu", *(f"cuda:{number}" for number in range(gpus))]
+        # what torch says goes on for lines, about debugging
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"device={name}: {reason}; one of: {', '.join(there)}") from None
+    return device
+
+
+def output_file(name: Any) -> Path:
+    """Check where the predictions go, before the work.
+
+    Raises:
+        UserError: a folder, or in a folder that is not there.
+    """
+    output = Path(str(name)).expanduser()
+    if output.is_dir():
+        raise UserError(f"output={output} is a folder; name a file in it")
+    if not output.parent.is_dir():
+        raise UserError(f"output={output}: there is no folder {output.parent}")
+    return output
 
 
 def find_files(source: Path) -> list[Path]:
@@ -127,7 +188,8 @@ def find_files(source: Path) -> list[Path]:
             raise UserError(f"input={source}: no videos in it ({', '.join(sorted(VIDEO_ENDINGS))})")
         return found
     if source.suffix.lower() == ".txt" and source.is_file():
-        lines = source.read_text(encoding="utf-8").splitlines()
+        text = source.read_text(encoding="utf-8-sig", errors="surrogateescape")
+        lines = text.splitlines()
         found = [source.parent / line.strip() for line in lines if line.strip()]
         if not found:
             raise UserError(f"input={source}: the list is empty")
@@ -182,20 +244,18 @@ def as_table(lines: list[dict[str, Any]], total: int) -> Table:
     table.add_column("score", justify="right")
     table.add_column("next", style="dim")
     for line in lines:
-        name = Path(line["path"]).name
+        name = escape(printable(Path(line["path"]).name))
         if "error" in line:
-            table.add_row(name, f"[red]{escape(line['error'])}[/red]", "", "")
+            table.add_row(name, f"[red]{escape(printable(line['error']))}[/red]", "", "")
         else:
             first, *others = line["predictions"]
             rest = ", ".join(f"{p['label']} {p['score']:.2f}" for p in others[:2])
-            table.add_row(
-                escape(name), escape(first["label"]), f"{first['score']:.3f}", escape(rest)
-            )
+            table.add_row(name, escape(first["label"]), f"{first['score']:.3f}", escape(rest))
     if total > len(lines):
         table.add_row(f"... and {total - len(lines)} more", "", "", "")
     return table
 
 
-def escape(text: str) -> str:
-    """Keep Rich from reading brackets in a name as markup."""
-    return text.replace("[", "\\[")
+def printable(text: str) -> str:
+    """Show bytes of a file name that are no text as escapes; a terminal refuses them."""
+    return text.encode("utf-8", "backslashreplace").decode()

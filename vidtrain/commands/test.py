@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vidtrain import __version__, build, checkpoint, config
+from vidtrain.loggers import closing
 from vidtrain.types import Failure, UserError
 
 
@@ -33,20 +34,25 @@ def main(cfg: DictConfig) -> int | None:
             raise UserError(f"{group}= cannot be changed in a test: it comes out of the checkpoint")
     given = [word for word in overrides if word.partition("=")[0] not in OF_TEST]
     merged = config.overlay(checkpoint.config_of(saved), cfg, given)
+    merged = checkpoint.plain(merged, path)
     L.seed_everything(merged.seed, workers=True, verbose=False)
 
-    task = checkpoint.build_task(merged, saved, path, cfg.allow)
-    for target in build.targets(merged.data):
-        if not any(word.startswith("data=") for word in overrides):
-            build.check_targets({"_target_": target}, str(path), cfg.allow)
+    task = checkpoint.build_task(saved, path, cfg.allow)
+    task.views_per_forward = merged.views.per_forward
+    ours = list(
+        build.targets(config.resolved(cfg)["data"])
+    )  # the user's own files may name anything
+    build.check_targets(merged.data, str(path), [*cfg.allow, *ours])
     data = build.data(merged)
     data.test_split = data.split_of(cfg.split)
     compare_labels(saved["vidtrain"]["label_names"], data.label_names, path)
+    compare_data(saved["vidtrain"], data, console)
 
     run_dir = output_folder(cfg, path)
     run_dir.mkdir(parents=True, exist_ok=True)
-    trainer = build.trainer(cfg, run_dir, build.callbacks(cfg, run_dir), [])
-    run_test(merged, data, task, trainer, run_dir, path, console)
+    with closing(build.loggers(cfg, run_dir)) as loggers:
+        trainer = build.trainer(cfg, run_dir, build.callbacks(cfg, run_dir), loggers)
+        run_test(data, task, trainer, run_dir, path, console)
     return None
 
 
@@ -75,6 +81,21 @@ def compare_labels(trained: list[str], tested: list[str], path: Path) -> None:
             )
     if len(trained) < len(tested):
         raise UserError(f"the data has {len(tested)} classes, {path} was trained on {len(trained)}")
+
+
+def compare_data(trained: dict[str, Any], data: Any, console: Console) -> None:
+    """Warn when a dataset of the same name and place has changed since training.
+
+    A video that has moved from training to test makes the score worth nothing.
+    """
+    same = trained["config"]["data"]["root"] == str(data.root)
+    if same and trained["fingerprint"] != data.manifest.fingerprint:
+        console.print(
+            "note: the rows under this root are not those that the checkpoint was trained on"
+            " (files came, went or changed their split): some of these videos may be training videos",
+            style="yellow",
+            highlight=False,
+        )
 
 
 class Predictions(L.Callback):
@@ -112,7 +133,6 @@ class Predictions(L.Callback):
 
 
 def run_test(
-    cfg: DictConfig,
     data: Any,
     task: Any,
     trainer: L.Trainer,
@@ -133,11 +153,12 @@ def run_test(
     results = trainer.test(task, datamodule=data, verbose=False)
     predictions.gather(trainer.world_size)
     rows = data.dataset(data.test_split, test_views=True).rows
+    names = task.description["label_names"]
     if not predictions.scores:
         first = predictions.failures[0] if predictions.failures else None
         why = f" ({first.path}: {first.reason})" if first else ""
         raise UserError(f"none of the {len(rows)} videos of '{data.test_split}' can be scored{why}")
-    metrics = {key: float(value) for key, value in results[0].items()}
+    metrics = {key: float(value) for key, value in results[0].items() if key.startswith("test/")}
     report: dict[str, Any] = {
         "vidtrain": __version__,
         "verb": "test",
@@ -155,16 +176,16 @@ def run_test(
             "scored": len(predictions.scores),
             "failed": [{"path": f.path, "reason": f.reason} for f in predictions.failures],
         },
-        "label_names": data.label_names,
+        "label_names": names,
         "multi_label": data.multi_label,
         "fingerprint": data.manifest.fingerprint,
         "data_root": str(data.root.resolve()),
         "seconds": round(time.time() - began, 1),
     }
     if data.multi_label:
-        report["class_ap"] = class_ap(predictions.scores, rows, data.label_names)
+        report["class_ap"] = class_ap(predictions.scores, rows, names)
     if trainer.is_global_zero:
-        write_predictions(run_dir / "predictions.csv", rows, predictions.scores, data.label_names)
+        write_predictions(run_dir / "predictions.csv", rows, predictions.scores, names)
         write_json(run_dir / "report.json", report)
         page = write_report(run_dir)
         print_report(console, report)

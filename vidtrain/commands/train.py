@@ -21,7 +21,7 @@ from vidtrain.loggers import closing
 from vidtrain.types import UserError
 
 # Keys in which a run that is gone on with may differ from the one that stopped.
-FREE_KEYS = ("resume", "test", "logger", "callbacks", "paths", "debug")
+FREE_KEYS = ("resume", "test", "split", "logger", "callbacks", "paths", "debug")
 
 
 def main(cfg: DictConfig) -> float | int | None:
@@ -39,9 +39,9 @@ def main(cfg: DictConfig) -> float | int | None:
         with open_dict(cfg):
             cfg.data.num_classes = len(data.label_names)
     tell(console, data)
-    data.split_of("train")
+    data.labelled("train")
     if cfg.test:
-        data.split_of("test")
+        data.test_split = data.labelled(cfg.split)
 
     network = build.model(cfg)
     task = build.task(cfg, network)
@@ -67,14 +67,17 @@ def main(cfg: DictConfig) -> float | int | None:
         try:
             trainer.fit(task, datamodule=data, ckpt_path=resume_from, weights_only=True)
         except Stopped as stop:
-            console.print(f"{stop}; go on with [bold]resume={run_dir}[/bold]", highlight=False)
+            words = [word for word in command().split() if not word.startswith("resume=")]
+            again = " ".join([*words, f"resume={shlex.quote(str(run_dir))}"])
+            console.print(f"{stop}; go on with", highlight=False)
+            console.print(again, highlight=False, markup=False, soft_wrap=True)
             return stop.code
         console.print(f"trained in {time.time() - began:.0f} s", highlight=False)
         best = Path(saver.best_model_path) if saver and saver.best_model_path else None
         if cfg.test:
             if best is not None:
                 task.load_state_dict(checkpoint.load(best)["state_dict"])
-            run_test(cfg, data, task, trainer, run_dir, best, console)
+            run_test(data, task, trainer, run_dir, best, console)
     score = saver.best_model_score if saver is not None else None
     return float(score) if score is not None else None
 
@@ -91,6 +94,7 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", ".*Experiment logs directory .* exists.*")
     warnings.filterwarnings("ignore", ".*returned an empty.*|.*Total length of.*zero.*")
+    warnings.filterwarnings("ignore", ".*It is recommended to use `self.log.*sync_dist.*")
     warnings.filterwarnings("ignore", ".*isinstance.treespec.*|.*LeafSpec.*")
 
 
@@ -142,6 +146,8 @@ def head_keys(task: Any) -> set[str]:
     import copy
 
     bare = copy.deepcopy(task.model)
+    if not hasattr(bare, "reset_classifier"):
+        return set()
     bare.reset_classifier(0)
     left = {f"model.{key}" for key in bare.state_dict()}
     return {key for key in task.state_dict() if key.startswith("model.") and key not in left}
@@ -156,7 +162,7 @@ def find_run(cfg: DictConfig, run_dir: Path, console: Console) -> Path | None:
     if cfg.resume is None:
         return None
     if cfg.resume != "auto":
-        path = Path(cfg.resume).expanduser()
+        path = Path(cfg.resume).expanduser().absolute()  # Lightning compares folders as text
         path = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
         if not path.is_file():
             raise UserError(f"resume={cfg.resume}: there is no {path}; name a run's folder")

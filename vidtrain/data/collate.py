@@ -28,8 +28,7 @@ def collate(samples: list[Sample]) -> dict[str, Any]:
     }
     if not good:
         return batch
-    if all("label" in sample for sample in good):
-        batch["label"] = torch.stack([sample["label"] for sample in good])
+    batch["label"] = torch.stack([sample["label"] for sample in good])
     if "video" in good[0]:
         batch["video"] = torch.stack([sample["video"] for sample in good])
     else:

@@ -68,6 +68,10 @@ class VideoDataset(Dataset[Sample]):
         self.clips, self.crops = clips, crops
         if span is not None and not (len(span) == 2 and 0 <= span[0] < span[1]):
             raise UserError(f"data.span is {list(span)}; it must be [from, to] in seconds")
+        settings = {"clips": clips, "crops": crops, "short_side": short_side or 1, "size": size or 1}
+        for name, number in settings.items():
+            if not isinstance(number, int) or number < 1:
+                raise UserError(f"views.{name} is {number!r}; it must be a whole number, at least 1")
         self.size = size or clip.size
         self.short_side = short_side or self.size
         if self.size > self.short_side:
@@ -102,9 +106,7 @@ class VideoDataset(Dataset[Sample]):
                 continue
             sample["index"], sample["seed"] = index, seed
             sample["failures"] = failures
-            label = self.label(row)
-            if label is not None:
-                sample["label"] = label
+            sample["label"] = self.label(row)
             return sample
         listed = "; ".join(f"{failure.path}: {failure.reason}" for failure in failures[:3])
         raise UserError(
@@ -112,12 +114,10 @@ class VideoDataset(Dataset[Sample]):
             " `vidtrain data action=check` lists what is wrong with each"
         )
 
-    def label(self, row: Row) -> Tensor | None:
-        """Give the class as `()` int64, or `(K,)` zeros and ones for many; None where unknown."""
-        if not row.labels:
-            return None
+    def label(self, row: Row) -> Tensor:
+        """Give the class as `()` int64, -1 where unknown, or `(K,)` zeros and ones for many."""
         if self.num_classes is None:
-            return torch.tensor(row.labels[0])
+            return torch.tensor(row.labels[0] if row.labels else -1)
         many = torch.zeros(self.num_classes)
         many[list(row.labels)] = 1
         return many

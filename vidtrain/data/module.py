@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+import torch
 from torch.utils.data import DataLoader
 
 from vidtrain.data import manifest
@@ -96,6 +97,7 @@ class VideoDataModule(L.LightningDataModule):
         shuffle: bool = True,
         cache: str = "~/.cache/vidtrain",
         seed: int = 0,
+        split_seed: int = 0,
     ) -> None:
         super().__init__()
         check_numbers(
@@ -118,6 +120,7 @@ class VideoDataModule(L.LightningDataModule):
         self.shuffle, self.cache, self.seed = shuffle, Path(cache).expanduser(), seed
         self.transform = DeviceTransform(clip.mean, clip.std, self.augment.color)
         self.start_at = (0, 0)  # epoch and batch; a resumed run sets it
+        self.split_seed = split_seed
         self._manifest: Manifest | None = None
 
     # --- the manifest -------------------------------------------------------------------------
@@ -125,7 +128,7 @@ class VideoDataModule(L.LightningDataModule):
     def manifest_path(self) -> Path:
         """Name the manifest by everything that decides what is in it."""
         options = getattr(self.prepare, "keywords", {})
-        facts = [str(self.root.resolve()), options, self.val_fraction, self.multi_label, self.seed]
+        facts = [str(self.root.resolve()), options, self.val_fraction, self.multi_label, self.split_seed]
         facts.append(annotation_files(self.root, options))
         digest = hashlib.blake2b(
             json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=8
@@ -135,7 +138,7 @@ class VideoDataModule(L.LightningDataModule):
     def write_manifest(self) -> Manifest:
         """Read the annotations anew and write the manifest."""
         annotations = self.prepare()
-        annotations = carve_validation(annotations, self.val_fraction, self.seed)
+        annotations = carve_validation(annotations, self.val_fraction, self.split_seed)
         path = self.manifest_path()
         manifest.save(annotations, path, self.name, self.root)
         self._manifest = Manifest(path)
@@ -168,8 +171,9 @@ class VideoDataModule(L.LightningDataModule):
 
     @property
     def label_names(self) -> list[str]:
-        """Names of the classes, in the order of their numbers."""
-        return list(self.manifest.label_names)
+        """Names of the classes, in the order of their numbers; a number where there is no name."""
+        names = list(self.manifest.label_names)
+        return names + [f"class {k}" for k in range(len(names), self.num_classes or 0)]
 
     def prepare_data(self) -> None:
         """Make the manifest on one rank, before the others look for it."""
@@ -214,6 +218,20 @@ class VideoDataModule(L.LightningDataModule):
             raise UserError(f"{self.name} has no '{name}' split; it has {there}")
         return name
 
+    def labelled(self, name: str) -> str:
+        """Check a split's name and that its videos have labels.
+
+        Raises:
+            UserError: there is no such split, or nothing to learn from or to compare with.
+        """
+        counts = self.manifest.label_counts(self.split_of(name))
+        if not counts.sum():
+            raise UserError(f"the '{name}' split of {self.name} has no labels; add split=val")
+        missing = self.manifest.splits[name] - int(counts.sum())
+        if name == "train" and missing > 0 and not self.multi_label:
+            raise UserError(f"{missing} training videos of {self.name} have no label")
+        return name
+
     # --- loaders ------------------------------------------------------------------------------
 
     def _rank(self) -> tuple[int, int]:
@@ -225,9 +243,12 @@ class VideoDataModule(L.LightningDataModule):
             batch_sampler=order,
             num_workers=self.workers,
             collate_fn=collate,
-            pin_memory=_has_cuda(),
+            pin_memory=torch.cuda.is_available(),
             persistent_workers=self.workers > 0,
             worker_init_fn=start_worker,
+            # Its own generator: a loader that drew from the global one would shift every draw of a
+            # run that goes on at an epoch's start.
+            generator=torch.Generator().manual_seed(self.seed),
         )
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -252,6 +273,7 @@ class VideoDataModule(L.LightningDataModule):
         return self._loader(dataset, EvaluationOrder(len(dataset), size, *self._rank()))
 
     test_split = "test"
+    allow_zero_length_dataloader_with_multiple_devices = True  # more ranks than videos
 
     # --- on the device ------------------------------------------------------------------------
 
@@ -271,10 +293,7 @@ def check_numbers(*settings: tuple[str, Any, int]) -> None:
 
 def default_workers() -> int:
     """One decoding process a core that we may use, at most 16."""
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    return min(16, cores)
+    return min(16, cores())
 
 
 def start_worker(_: int) -> None:
@@ -283,8 +302,6 @@ def start_worker(_: int) -> None:
     Ctrl-C and a scheduler's SIGTERM reach workers too. The main process ends its step, saves and
     stops them; a worker that died at once would fail that step.
     """
-    import torch
-
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(STOP_GRACE))
@@ -293,10 +310,9 @@ def start_worker(_: int) -> None:
 STOP_GRACE = 30  # seconds a worker stays after SIGTERM, when the main process does not end it
 
 
-def _has_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
+def cores() -> int:
+    """Count the cores that this process may use, which in a container are not all there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def annotation_files(root: Path, options: dict[str, Any]) -> list[tuple[str, int, int]]:

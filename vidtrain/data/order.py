@@ -18,7 +18,8 @@ class TrainingOrder(Sampler[list[Key]]):
     """Batches of a shuffled epoch, dealt out to the ranks; each rank has as many as the others.
 
     The last rows that do not fill a batch on every rank wait for the next epoch's shuffle, unless
-    there is not even one full batch.
+    there is not even one full batch. Without `shuffle` every epoch is the first one again, to the
+    clip: what learning by heart is tried on.
 
     Attributes:
         epoch: which shuffle.
@@ -48,8 +49,8 @@ class TrainingOrder(Sampler[list[Key]]):
 
     def __iter__(self) -> Iterator[list[Key]]:
         start, self.start = self.start, 0
-        rng = np.random.default_rng([self.seed, self.epoch])
-        order = rng.permutation(self.rows) if self.shuffle else np.arange(self.rows)
+        rng = np.random.default_rng([self.seed, self.epoch if self.shuffle else 0])
+        order = rng.permutation(self.rows)
         seeds = rng.integers(2**62, size=self.rows)
         share = order[self.rank :: self.world]
         if not len(share):  # fewer rows than ranks: nobody may wait for a rank without a batch

@@ -7,7 +7,16 @@ from torch import Tensor
 
 
 def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy of `(B, K)` logits with classes `(B,)` or distributions `(B, K)`."""
+    """Mean cross-entropy of `(B, K)` logits with classes `(B,)` or distributions `(B, K)`.
+
+    Videos of class -1 (unknown) do not count.
+    """
+    if target.ndim == 1:
+        known = target >= 0
+        if not known.all():
+            logits, target = logits[known], target[known]
+        if not len(target):
+            return logits.sum() * 0
     return F.cross_entropy(logits, target, label_smoothing=label_smoothing)
 
 

@@ -54,7 +54,9 @@ class VideoTask(L.LightningModule):
 
     def logits(self, batch: dict[str, Any]) -> Tensor:
         """Run the network over all views: `(B, V, C, T, H, W) -> (B, V, K)`."""
-        inputs = [batch[key] for key in self.model.inputs]  # type: ignore[union-attr]
+        weights = next(self.model.parameters(), None)
+        dtype = torch.float32 if weights is None else weights.dtype  # bf16-true: the net's own
+        inputs = [batch[key].to(dtype) for key in self.model.inputs]  # type: ignore[union-attr]
         views = inputs[0].shape[:2]
         flat = [tensor.flatten(0, 1) for tensor in inputs]  # (B·V, C, T, H, W)
         size = None if self.training else self.views_per_forward
@@ -82,7 +84,9 @@ class VideoTask(L.LightningModule):
         """Score a batch, one view each."""
         output = self._evaluate(batch, self.val_metrics)
         if output:
-            self.log("val/loss", output["loss"], on_epoch=True, batch_size=len(output["target"]))
+            size = len(output["target"])
+            many = self.trainer.world_size > 1
+            self.log("val/loss", output["loss"], on_epoch=True, batch_size=size, sync_dist=many)
         return output
 
     def on_validation_epoch_end(self) -> None:
@@ -104,8 +108,11 @@ class VideoTask(L.LightningModule):
         self._log_all(self.test_clip_metrics)
 
     def _log_all(self, metrics: MetricCollection) -> None:
-        if any(metric.update_called for metric in metrics.values()):
-            self.log_dict(metrics.compute(), sync_dist=False)
+        counted = any(metric.update_called for metric in metrics.values())
+        if self.trainer.world_size > 1:  # a rank without videos must not leave the others waiting
+            counted = self.trainer.strategy.reduce_boolean_decision(counted, all=False)
+        if counted:
+            self.log_dict(metrics.compute())
         metrics.reset()
 
     def configure_optimizers(self) -> Any:

@@ -11,7 +11,11 @@ from torchmetrics.classification import MulticlassAccuracy
 from vidtrain.losses.classification import binary_cross_entropy, cross_entropy
 from vidtrain.metrics.hit import Hit
 from vidtrain.metrics.mean_ap import MeanAveragePrecision
+from vidtrain.metrics.mean_class import MeanClassAccuracy
 from vidtrain.tasks.base import StepOutput, VideoTask
+from vidtrain.types import UserError
+
+UNKNOWN = -1  # the label of a video without one
 
 
 class Classification(VideoTask):
@@ -25,6 +29,8 @@ class Classification(VideoTask):
     def __init__(self, num_classes: int, multi_label: bool = False, label_smoothing: float = 0.0):
         self.num_classes, self.multi_label = num_classes, multi_label
         self.label_smoothing = label_smoothing
+        if multi_label and label_smoothing:
+            raise UserError("task.label_smoothing is for one label a video; set it to 0")
         super().__init__()
 
     def metrics(self) -> MetricCollection:
@@ -37,9 +43,9 @@ class Classification(VideoTask):
             )
         return MetricCollection(
             {
-                "top1": MulticlassAccuracy(self.num_classes, top_k=1, average="micro"),
-                "top5": MulticlassAccuracy(self.num_classes, top_k=top5, average="micro"),
-                "mean_class": MulticlassAccuracy(self.num_classes, average="macro"),
+                "top1": self.accuracy(1),
+                "top5": self.accuracy(top5),
+                "mean_class": MeanClassAccuracy(self.num_classes),
             },
             compute_groups=False,
         )
@@ -48,9 +54,11 @@ class Classification(VideoTask):
         """Make the metrics of single views."""
         if self.multi_label:
             return MetricCollection({"hit1": Hit(1), "hit5": Hit(min(5, self.num_classes))})
-        return MetricCollection(
-            {"top1": MulticlassAccuracy(self.num_classes, top_k=1, average="micro")}
-        )
+        return MetricCollection({"top1": self.accuracy(1)})
+
+    def accuracy(self, k: int) -> MulticlassAccuracy:
+        """Share of videos whose label is among the `k` best; unlabelled ones are not counted."""
+        return MulticlassAccuracy(self.num_classes, top_k=k, average="micro", ignore_index=UNKNOWN)
 
     def step(self, batch: dict[str, Any]) -> StepOutput:
         """Score a batch; the loss is the mean over views."""

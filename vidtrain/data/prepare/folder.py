@@ -42,7 +42,7 @@ def prepare(
     multi_label: bool = False,
     test_fraction: float = 0.2,
     val_fraction: float = 0.1,
-    seed: int = 0,
+    split_seed: int = 0,
 ) -> Annotations:
     """Read a folder of videos, with a table or without.
 
@@ -65,7 +65,7 @@ def prepare(
         multi_label: several labels a row: `a|b` or a list.
         test_fraction: see above.
         val_fraction: see above.
-        seed: of the splits that are made.
+        split_seed: of the splits that are made.
 
     Raises:
         UserError: naming the folder, file, column or row and what is wrong there.
@@ -85,8 +85,8 @@ def prepare(
             " a classifier needs two: is data.root or data.label right?"
         )
     if result.rows["split"].unique().to_pylist() == [""]:
-        result = _split(result, test_fraction, seed)
-    return carve_validation(result, val_fraction, seed)
+        result = _split(result, test_fraction, split_seed)
+    return carve_validation(result, val_fraction, split_seed)
 
 
 def from_class_folders(root: Path) -> Annotations:

@@ -66,6 +66,8 @@ def region_box(region: Sequence[float], height: int, width: int) -> tuple[int, i
     Raises:
         UserError: the region is not inside the frame.
     """
+    if not isinstance(region, Sequence) or len(region) != 4:
+        raise UserError(f"data.region is {region!r}; it must be [left, top, width, height], inside 0 to 1")
     left, top, w, h = region
     if min(left, top) < 0 or min(w, h) <= 0 or left + w > 1 + 1e-9 or top + h > 1 + 1e-9:
         raise UserError(

@@ -1,0 +1,190 @@
+"""`vidtrain data` through the command line: what it counts, which files it names, what it draws."""
+
+from __future__ import annotations
+
+import csv
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from make_video import write_audio, write_video
+from PIL import Image
+
+SMALL = ["model=late_fusion_pool", "model.backbone=small", "clip.num_frames=2", "clip.stride=2"]
+SMALL += ["clip.size=32", "data=folder", "data.workers=2"]
+
+
+@pytest.fixture
+def videos(tiny_dataset: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny dataset that a test may damage."""
+    return shutil.copytree(tiny_dataset, tmp_path / "videos")
+
+
+def cells(out: str, first: str) -> list[str]:
+    """The cells of the table row that begins with `first`."""
+    for line in out.splitlines():
+        row = [cell.strip() for cell in re.split("[│┃]", line)[1:-1]]
+        if row and row[0] == first:
+            return row[1:]
+    raise AssertionError(f"no row '{first}' in\n{out}")
+
+
+def read_table(path: Path) -> dict[str, dict[str, str]]:
+    with path.open(newline="") as file:
+        return {Path(row["path"]).name: row for row in csv.DictReader(file)}
+
+
+def test_prepare_counts_what_there_is(vidtrain, tiny_dataset, tmp_path):
+    result = vidtrain("data", "action=prepare", *SMALL, f"data.root={tiny_dataset}")
+    assert result.code == 0, result.err
+    assert "folder: 36 rows, 3 classes" in result.out
+    assert cells(result.out, "train") == ["24"]
+    assert cells(result.out, "val") == ["6"]
+    assert cells(result.out, "test") == ["6"]
+    (manifest,) = (tmp_path / "cache").glob("folder-*.arrow")
+    assert f"manifest {manifest}" in result.out
+
+
+def test_check_passes_a_sound_dataset(vidtrain, tiny_dataset, tmp_path):
+    # The flat videos of a class and length are the same in every split: only one split has no leaks.
+    result = vidtrain("data", "action=check", *SMALL, f"data.root={tiny_dataset}", "split=test")
+    assert result.code == 0, result.err
+    assert "6 of 6 files are sound, 0 unusable, 0 leaks" in result.out
+    with (tmp_path / "folder-check.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6
+    assert all(row["ok"] == "True" and row["width"] == "64" for row in rows)
+    assert sorted(row["frames"] for row in rows) == ["10"] * 3 + ["11"] * 3
+
+
+def test_check_names_every_bad_file_and_every_leak(vidtrain, tmp_path):
+    root = tmp_path / "videos"
+    for split, start in (("train", 0), ("test", 100)):
+        for label in ("a", "[bold]b"):
+            (root / split / label).mkdir(parents=True)
+            frames = range(start, start + 60)
+            write_video(root / split / label / f"good-{split}.mp4", 60, b_frames=0, numbers=frames)
+            start += 60
+    a, b = root / "train" / "a", root / "train" / "[bold]b"
+    whole = (a / "good-train.mp4").read_bytes()
+    half = len(whole) // 2
+    (a / "empty.mp4").write_bytes(b"")
+    (a / "text.mp4").write_text("this is text\n" * 99)
+    (b / "cut.mp4").write_bytes(whole[:half])
+    (b / "zeroed.mp4").write_bytes(whole[:half] + bytes(200) + whole[half + 200 :])
+    write_audio(b / "sound.mp4")
+    shutil.copy(a / "good-train.mp4", root / "test" / "a" / "copy.mp4")
+    result = vidtrain(
+        "data", "action=check", *SMALL, f"data.root={root}", "output=table.csv", "data.val_fraction=0"
+    )  # fmt: skip
+    assert result.code == 1, result.err
+    reasons = {
+        "a/empty.mp4": "empty file",
+        "a/text.mp4": "not a video but text",
+        "[bold]b/cut.mp4": "cut off",
+        "[bold]b/zeroed.mp4": "frames do not decode",
+        "[bold]b/sound.mp4": "sound only",
+    }
+    named = [line for line in result.out.splitlines() if line.startswith("unusable: ")]
+    assert len(named) == len(reasons)
+    for path, reason in reasons.items():
+        (line,) = (line for line in named if f"{root / 'train' / path}: " in line)
+        assert reason in line
+    assert "5 of 10 files are sound, 5 unusable, 1 leaks; table in table.csv" in result.out
+    (leak,) = (line for line in result.out.splitlines() if line.startswith("the same file is in"))
+    assert "test and train" in leak and "copy.mp4" in leak and "good-train.mp4" in leak
+    table = read_table(tmp_path / "table.csv")
+    assert len(table) == 8  # two names are there twice, once a class
+    assert {name for name, row in table.items() if row["ok"] == "False"} == {
+        Path(path).name for path in reasons
+    }
+    assert all(row["error"] for row in table.values() if row["ok"] == "False")
+
+
+def test_check_decodes_a_video_of_several_rows_once(vidtrain, videos, tmp_path):
+    table = tmp_path / "rows.csv"
+    lines = [f"train/apple/0.mp4,[/b]|zebra,train,0,0.{end}" for end in range(1, 4)]
+    lines += ["train/zebra/1.mp4,zebra,test,0,0.2"]
+    table.write_text("\n".join(["path,label,split,start,end", *lines]))
+    options = [f"data.root={videos}", f"data.annotations={table}", "data.multi_label=true"]
+    result = vidtrain("data", "action=check", *SMALL, *options, "data.val_fraction=0")
+    assert result.code == 0, result.err
+    assert "2 of 2 files are sound" in result.out
+    result = vidtrain("data", "action=stats", *SMALL, *options, "data.val_fraction=0")
+    assert result.code == 0, result.err
+    assert "4 videos, 2 classes" in result.out
+    assert cells(result.out, "[/b]") == ["3", "0"]
+    assert cells(result.out, "zebra") == ["3", "1"]
+
+
+def test_stats_counts_classes_and_measures_files(vidtrain, videos):
+    (videos / "train" / "apple").rename(videos / "train" / "[bold]x")
+    (videos / "train" / "zebra").rename(videos / "train" / ":car: [a]")
+    (videos / "train" / "[bold]x" / "0.mp4").write_bytes(b"")
+    options = [f"data.root={videos}", "data.name='[red]mine'"]
+    result = vidtrain("data", "action=stats", *SMALL, *options)
+    assert result.code == 0, result.err
+    assert "[red]mine: 36 videos, 5 classes" in result.out
+    splits = cells(result.out, "class")
+    assert sorted(splits) == ["test", "train", "val"]
+    by_split = dict(zip(splits, cells(result.out, "[bold]x"), strict=True))
+    assert by_split == {"train": "8", "val": "0", "test": "0"}
+    assert cells(result.out, ":car: [a]") == cells(result.out, "[bold]x")
+    assert cells(result.out, "frames per second") == ["24.0 (100%)"]
+    assert cells(result.out, "width x height") == ["64x48 (100%)"]
+    assert cells(result.out, "cannot be opened") == ["1"]
+    assert "0.42 to 0.71" in result.out  # 10 to 17 frames
+    one = vidtrain("data", "action=stats", *SMALL, *options, "split=test")
+    assert cells(one.out, "class") == ["test"] and cells(one.out, "apple") == ["2"]
+
+
+def test_stats_of_videos_without_labels(vidtrain, videos, tmp_path):
+    table = tmp_path / "rows.csv"
+    table.write_text(
+        "path,label,split\ntrain/apple/0.mp4,apple,train\ntrain/zebra/0.mp4,zebra,train\n"
+        "test/apple/0.mp4,,test\n"
+    )
+    result = vidtrain(
+        "data", "action=stats", *SMALL, f"data.root={videos}", f"data.annotations={table}"
+    )
+    assert result.code == 0, result.err
+    assert "3 videos, 2 classes" in result.out
+    assert "of 3 videos" in result.out
+
+
+def test_show_draws_what_the_model_gets(vidtrain, videos, tmp_path):
+    (videos / "test" / "apple" / "0.mp4").write_bytes(b"")
+    line = ["data", "action=show", *SMALL, f"data.root={videos}", "data.workers=0"]
+    result = vidtrain(*line, "split=test", "clips=6", "output=sheet.png")
+    assert result.code == 0, result.err
+    assert "skipped " in result.out and "empty" in result.out
+    assert "5 clips of 2 frames, 32 x 32, in sheet.png" in result.out
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.format == "PNG"
+        assert 100 < sheet.width <= 1600 and sheet.height > 5 * 32
+        pixels = np.asarray(sheet.convert("RGB")).reshape(-1, 3).astype(int)
+    for color in ((252, 0, 0), (0, 252, 0), (0, 0, 252)):  # apples, pears, zebras
+        assert (abs(pixels - color).max(axis=1) < 20).sum() >= 2 * 32 * 32
+    training = vidtrain(*line, "clips=2")
+    assert training.code == 0, training.err
+    assert (tmp_path / "folder-train.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["action=stats", "split=tset"], "has no 'tset' split; it has"),
+        (["action=chek"], "did you mean 'check'"),
+        (["action=show", "clips=0"], "clips is 0; it must be a whole number, at least 1"),
+        (["action=check", "time_limit=0"], "time_limit is 0"),
+        (["action=check", "time_limit=soon"], "time_limit is 'soon'"),
+        (["action=check", "output=nowhere/table.csv"], "there is no folder nowhere"),
+        (["action=show", "output=."], "is a folder"),
+    ],
+)
+def test_a_mistake_is_one_line(vidtrain, tiny_dataset, words, message):
+    result = vidtrain("data", *words, *SMALL, f"data.root={tiny_dataset}")
+    assert result.code == 2
+    assert message in result.err and len(result.err.splitlines()) == 1
