@@ -406,3 +406,23 @@ def test_every_fusion_trains(vidtrain, tiny_dataset, tmp_path, model):
         f"data.root={tiny_dataset}", "debug=fast",
     )  # fmt: skip
     assert result.code == 0, result.err
+
+
+@pytest.mark.slow
+def test_two_ranks_train_and_score_every_video_once(tiny_dataset, tmp_path):
+    line = [*TINY, f"data.root={tiny_dataset}", "trainer.max_epochs=2", "test=true"]
+    line += ["trainer.devices=2", "trainer.strategy=ddp", f"paths.cache={tmp_path}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "vidtrain", "train", *line],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 2/2") == 1  # one rank speaks
+    run = only("runs/*/*", tmp_path)
+    report = json.loads((run / "report.json").read_text())
+    assert report["videos"] == {"asked": 6, "scored": 6, "failed": []}
+    rows = read_csv(run / "predictions.csv")
+    assert len({row["path"] for row in rows}) == len(rows) == 6

@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
@@ -24,7 +25,7 @@ def main(cfg: DictConfig) -> int | None:
     from vidtrain.commands.train import quieten
 
     quieten()
-    console = Console()
+    console = Console(quiet=rank_zero_only.rank != 0)
     path = checkpoint.find(cfg.ckpt)
     saved = checkpoint.load(path)
     overrides = config.task_overrides()

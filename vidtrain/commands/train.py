@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 
@@ -28,7 +29,8 @@ def main(cfg: DictConfig) -> float | int | None:
     """Train. Returns the best validation score (a sweep maximises it), or an exit code above 0."""
     quieten()
     began = time.time()
-    console = Console()
+    first = rank_zero_only.rank == 0
+    console = Console(quiet=not first)
     run_dir = config.output_dir()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
 
@@ -57,7 +59,8 @@ def main(cfg: DictConfig) -> float | int | None:
         if made != run_dir and made.is_dir() and not any(made.iterdir()):
             made.rmdir()
     run_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create(config.resolved(cfg)), run_dir / "config.yaml")
+    if first:
+        OmegaConf.save(OmegaConf.create(config.resolved(cfg)), run_dir / "config.yaml")
     console.print(f"run [bold]{run_dir}[/bold]", highlight=False)
 
     callbacks = build.callbacks(cfg, run_dir)
