@@ -36,6 +36,8 @@ def main(cfg: DictConfig) -> float | int | None:
 
     start = None if cfg.ckpt is None else checkpoint.find(cfg.ckpt)
     build.check_optim(cfg)
+    with open_dict(cfg):  # so that the checkpoint can be tested from any folder
+        cfg.data.root = str(Path(cfg.data.root).expanduser().absolute())
     data = build.data(cfg)
     if cfg.data.num_classes is None:  # the one thing that only the data can tell
         with open_dict(cfg):

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from vidtrain.data import manifest
 from vidtrain.data.collate import collate
 from vidtrain.data.dataset import VideoDataset
+from vidtrain.data.decode import check_decoder
 from vidtrain.data.manifest import Annotations, Manifest, Row
 from vidtrain.data.order import EvaluationOrder, TrainingOrder
 from vidtrain.data.prepare.splits import carve_validation
@@ -70,6 +71,10 @@ class VideoDataModule(L.LightningDataModule):
             where the dataset has none; 0 leaves it without.
         on_error: what a video does that cannot be read: `skip` or `raise`.
         max_failures: share of an epoch (read by a callback).
+        shuffle: False repeats the first epoch's order and clips.
+        cache: the folder of the manifests.
+        seed: of orders and random draws.
+        split_seed: of splits that are made by chance.
     """
 
     def __init__(
@@ -105,6 +110,7 @@ class VideoDataModule(L.LightningDataModule):
             ("eval_batch_size", 1 if eval_batch_size is None else eval_batch_size, 1),
             ("workers", 0 if workers == "auto" else workers, 0),
         )
+        check_decoder(decoder)
         if not 0 <= max_failures <= 1:
             raise UserError(f"data.max_failures is {max_failures}; it is a share, from 0 to 1")
         self.name, self.root = name, Path(root).expanduser()
@@ -122,8 +128,6 @@ class VideoDataModule(L.LightningDataModule):
         self.start_at = (0, 0)  # epoch and batch; a resumed run sets it
         self.split_seed = split_seed
         self._manifest: Manifest | None = None
-
-    # --- the manifest -------------------------------------------------------------------------
 
     def manifest_path(self) -> Path:
         """Name the manifest by everything that decides what is in it."""
@@ -179,8 +183,6 @@ class VideoDataModule(L.LightningDataModule):
         """Make the manifest on one rank, before the others look for it."""
         _ = self.manifest
 
-    # --- datasets -----------------------------------------------------------------------------
-
     def dataset(
         self, split: str, *, training: bool = False, test_views: bool = False
     ) -> VideoDataset:
@@ -232,8 +234,6 @@ class VideoDataModule(L.LightningDataModule):
             raise UserError(f"{missing} training videos of {self.name} have no label")
         return name
 
-    # --- loaders ------------------------------------------------------------------------------
-
     def _rank(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
@@ -274,8 +274,6 @@ class VideoDataModule(L.LightningDataModule):
 
     test_split = "test"
     allow_zero_length_dataloader_with_multiple_devices = True  # more ranks than videos
-
-    # --- on the device ------------------------------------------------------------------------
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Step 7 of the data's way: views gathered, float, normalised, C before T."""
