@@ -54,4 +54,8 @@ def main() -> None:
         sys.exit(completion.main(rest))
     from vidtrain import config
 
-    config.run(verb, rest)
+    try:
+        config.run(verb, rest)
+    except BrokenPipeError:  # `vidtrain train --help | head`
+        sys.stdout = None
+        sys.exit(0)

@@ -262,6 +262,7 @@ def _task(verb: str, start: list[str]) -> Callable[[DictConfig], Any]:
         from importlib import import_module
 
         from omegaconf import OmegaConf
+        from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
         sys.argv = [*start, *task_overrides()]
         try:
@@ -273,6 +274,10 @@ def _task(verb: str, start: list[str]) -> Callable[[DictConfig], Any]:
             code = import_module(f"vidtrain.commands.{verb}").main(cfg)
         except UserError as error:
             fail(verb, error)
+        except MissingMandatoryValue as error:
+            fail(verb, UserError(f"{error.full_key} is not set; add {error.full_key}=..."))
+        except OmegaConfBaseException as error:
+            fail(verb, UserError(one_line(error)))
         except KeyboardInterrupt:
             print(f"\nvidtrain {verb}: interrupted", file=sys.stderr)
             sys.exit(130)

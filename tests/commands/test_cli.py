@@ -47,6 +47,8 @@ def test_the_installed_command_and_python_m_are_the_same():
         (["train", "optim.schedule=cosin", "data.num_classes=8"], "optim.schedule is 'cosin'"),
         (["train", "data=folder", "data.root=/nowhere"], "/nowhere"),
         (["train", "data.batch_size=many"], "data.batch_size"),
+        (["train", "data=folder"], "data.root is not set; add data.root=..."),
+        (["train", "data.decoder=pyva"], "did you mean 'pyav'"),
         (["train", "ckpt=nothing.ckpt"], "no checkpoint nothing.ckpt"),
         (["train", "--config-dir", "nowhere"], "--config-dir nowhere: there is no such folder"),
         (["test"], "ckpt is not set; add ckpt=..."),
