@@ -504,7 +504,10 @@ def _attend(
     return Footprint(out.dims, (t, h, w))
 
 
-@_rule(*(op for op in flop_registry if "scaled_dot_product" in str(op)))
+@_rule(
+    aten._scaled_dot_product_flash_attention_for_cpu,  # torch 2.11 does not count it
+    *(op for op in flop_registry if "scaled_dot_product" in str(op)),
+)
 def _scaled_dot_product(call: Call, known: Sequence[Footprint]) -> Result:
     """Attention as one operation, as some versions and devices have it."""
     q, k, v = (call.see(call[name]) for name in ("query", "key", "value"))
