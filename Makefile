@@ -5,7 +5,10 @@ PY ?= python3
 ifdef PYTHON
 RUN := $(PYTHON)
 READY := .installed-for-$(subst /,_,$(PYTHON))
-INSTALL = $(PYTHON) -m pip install -q -e
+# An environment that uv made has no pip.
+INSTALL = install() { \
+    if $(PYTHON) -m pip --version >/dev/null 2>&1; then $(PYTHON) -m pip install -q -e "$$1"; \
+    else uv pip install -q --python $(PYTHON) -e "$$1"; fi; }; install
 else
 RUN := .venv/bin/python
 READY := .venv/.ready
