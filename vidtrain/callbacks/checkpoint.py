@@ -58,8 +58,7 @@ class Checkpoint(ModelCheckpoint):
         """Choose what to monitor before a resumed run's state is loaded."""
         if stage == "fit":
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
-            validated = trainer.limit_val_batches != 0 and data.has_split("val")
-            if not validated:
+            if trainer.limit_val_batches == 0 or not data.has_split("val"):
                 self.monitor = None
             elif self.wanted_monitor == "auto":
                 self.monitor = "val/mAP" if data.multi_label else "val/top1"
@@ -101,7 +100,7 @@ class Checkpoint(ModelCheckpoint):
         """Save the best, and the latest whether it is the best or not (Lightning saves only then)."""
         if self.monitor is None or self.monitor in trainer.callback_metrics:
             super().on_train_epoch_end(trainer, pl_module)
-        elif trainer.sanity_checking is False and validated(trainer):
+        elif validated(trainer):
             measured = sorted(key for key in trainer.callback_metrics if key.startswith("val/"))
             raise UserError(
                 f"callbacks.checkpoint.monitor is '{self.monitor}', which was not measured;"

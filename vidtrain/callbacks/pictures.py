@@ -104,7 +104,7 @@ class Pictures(L.Callback):
         if self.metric is None:
             # On the scores' device, where it adds up over ranks by itself.
             kind = MulticlassConfusionMatrix if target.ndim == 1 else MultilabelAveragePrecision
-            options = {} if target.ndim == 1 else {"average": None}
+            options = {"ignore_index": -1} if target.ndim == 1 else {"average": None}
             self.metric = kind(scores.shape[1], validate_args=False, **options).to(scores.device)
             self.positives = torch.zeros(scores.shape[1], device=scores.device)
         self.metric.update(scores.float(), target.long())
@@ -131,7 +131,7 @@ class Pictures(L.Callback):
             for score, k in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         )
         true = [target[i].item()] if target.ndim == 1 else target[i].nonzero().flatten().tolist()
-        truth = ", ".join(names[int(k)] for k in true) or "none"
+        truth = ", ".join(names[int(k)] for k in true if k >= 0) or "none"
         return frames.cpu(), f"row {int(batch['index'][i])} | is {truth} | said {answers}"
 
     def _log(self, trainer: L.Trainer, stage: str) -> None:
