@@ -11,12 +11,15 @@ Before the device transform a video is `(B, V, T, C, H, W)` uint8; after it `(B,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 
 
 class UserError(Exception):
@@ -132,6 +135,21 @@ class VideoReader(Protocol):
         Raises:
             DecodeError: naming the file and what is wrong with it.
             IndexError: an index outside `0 <= i < len(self)`.
+        """
+        ...
+
+    def pieces(
+        self, indices: Sequence[int], choose: Callable[[int, int], Box] | None = None
+    ) -> Iterator[Tensor]:
+        """Decode frames in one pass and hand them over a piece at a time.
+
+        Args:
+            indices: ascending, each once.
+            choose: told height and width, it says which part of the frames is wanted: top, left,
+                height, width. A reader need not convert the rest.
+
+        Yields:
+            `(n, C, h, w)` uint8 RGB with C innermost in memory, as many frames as fit in 64 MiB.
         """
         ...
 

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from vidtrain.data.readers.pieces import by_frames
 from vidtrain.types import DecodeError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
+
+    from vidtrain.data.readers.pieces import ChooseBox
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 
@@ -104,6 +107,10 @@ class FolderReader:
             first_row[index] = row
             pictures[row] = self._read(index, (width, height))
         return torch.from_numpy(pictures).permute(0, 3, 1, 2)
+
+    def pieces(self, indices: Sequence[int], choose: ChooseBox | None = None) -> Iterator[Tensor]:
+        """Hand frames over a piece at a time. See `vidtrain.types.VideoReader`."""
+        return by_frames(self, indices, choose)
 
     def _first_size(self) -> tuple[int, int]:
         if self._size is None:

@@ -48,6 +48,9 @@ class FrameIndex:
         turn: how frames are turned to be shown: rows and columns swapped, then mirrored left to
             right, then flipped upside down; None until a frame has been seen.
         damaged: packets whose data is not what an encoder writes.
+        container: libav's name of the file's format.
+        fps: frames per second, on average.
+        size: width and height of the stored frames; 0 until a frame has been seen.
     """
 
     pos: np.ndarray
@@ -63,13 +66,17 @@ class FrameIndex:
     missing: str | None
     damaged: list[int]
     turn: tuple[bool, bool, bool] | None = None
+    container: str = ""
+    fps: float = 25.0
+    size: tuple[int, int] = (0, 0)
     ranks: np.ndarray = field(init=False)  # (P,) int32: `order` turned round; -1: not shown
 
     def __post_init__(self) -> None:
         """Turn the order round."""
         self.ranks = np.full(len(self.pos), -1, np.int32)
         there = np.flatnonzero(self.order >= 0)
-        self.ranks[self.order[there]] = there
+        # three times as fast with these types, and a stored index is little else than this
+        self.ranks[self.order[there].astype(np.intp)] = there.astype(np.int32)
 
     def start_for(self, rank: int) -> tuple[int, int]:
         """Return the packet to decode frame `rank` from, and the first good frame from there on."""
@@ -116,7 +123,7 @@ def read_index(container: InputContainer, stream: VideoStream, head: bytes = b""
     Args:
         container: just opened, so that its own index is asked before anything is read.
         stream: the video stream.
-        head: the first bytes of the file (an AVI file says there how long it is).
+        head: the first bytes of the file (AVI and Matroska say there how long it is).
     """
     codec = stream.codec_context.name
     formats = container.format.name.split(",")
@@ -124,11 +131,11 @@ def read_index(container: InputContainer, stream: VideoStream, head: bytes = b""
     delayed = stream.codec_context.reorder_depth > 0
     promised = [entry.pos for entry in stream.index_entries if entry.size]
     packets, fault = _read_packets(container, stream)
+    length = _stated_length(head)
 
     keep = total = len(packets.pts)
     if is_avi:
-        whole = container.size >= int.from_bytes(head[4:8], "little") + 8
-        keep, total = _kept_of_avi(packets, promised, stream.frames, whole)
+        keep, total = _kept_of_avi(packets, promised, stream.frames, container.size >= length)
     elif is_mov:  # other containers list keyframes at most
         total = max(keep, len(promised))
     missing = None
@@ -137,6 +144,8 @@ def read_index(container: InputContainer, stream: VideoStream, head: bytes = b""
         packets = Packets(*(column[:keep] for column in packets))
     elif fault:
         missing = f"cut off or damaged: it cannot be read beyond {keep} frames"
+    elif container.size < length and not is_avi:
+        missing = f"cut off: {container.size} of its {length} bytes are there"
 
     if is_avi:
         order, keys, certain = _order_of_avi(packets, codec, delayed)
@@ -156,9 +165,10 @@ def read_index(container: InputContainer, stream: VideoStream, head: bytes = b""
     lost = np.full(max(0, total - hidden - len(order)), -1)
     by_pts = is_mov or "matroska" in formats
     first, second = (packets.pts, packets.dts) if by_pts else (packets.dts, packets.pts)
+    seek = np.where(first == NO_TIME, second, first)
     return FrameIndex(
         pos=packets.pos,
-        seek=np.where(first == NO_TIME, second, first),
+        seek=seek,
         skippable=_skippable(packets, codec),
         order=np.concatenate([order, lost]).astype(np.int32),
         keys=keys.astype(np.int32),
@@ -170,7 +180,26 @@ def read_index(container: InputContainer, stream: VideoStream, head: bytes = b""
         missing=missing,
         damaged=_damaged(packets, codec),
         turn=(False, False, False) if is_avi else None,  # AVI cannot say so
+        container=container.format.name,
+        fps=_frame_rate(stream, np.sort(seek[order])),
+        size=(stream.codec_context.width, stream.codec_context.height),
     )
+
+
+def _frame_rate(stream: VideoStream, times: np.ndarray) -> float:
+    """Return what the headers say, unless frames come at steady intervals of another length."""
+    rates = stream.average_rate, stream.guessed_rate
+    # 25 is what libav assumes of streams without times
+    stated = next((float(rate) for rate in rates if rate and rate > 0), 25.0)
+    if len(times) < 8 or times[0] == NO_TIME:
+        return stated
+    gaps = np.diff(times)
+    mean = float(gaps.mean())
+    if mean <= 0 or abs(float(np.median(gaps)) / mean - 1) > 0.1:
+        return stated
+    # a true header is more exact than times, which may be rounded to milliseconds
+    steady = 1 / (mean * float(stream.time_base))
+    return steady if abs(steady / stated - 1) > 0.1 else stated
 
 
 def _read_packets(container: InputContainer, stream: VideoStream) -> tuple[Packets, bool]:
@@ -213,6 +242,19 @@ def _read_packets(container: InputContainer, stream: VideoStream) -> tuple[Packe
     numbers = [np.array(column, np.int64) for column in columns[:4]]
     flags = [np.array(column, bool) for column in columns[4:6]]
     return Packets(*numbers, *flags, list(columns[6])), fault
+
+
+def _stated_length(head: bytes) -> int:
+    """Return how many bytes a file says it has, where its format says that; else 0."""
+    if head.startswith(b"RIFF"):
+        return int.from_bytes(head[4:8], "little") + 8
+    segment = head.find(b"\x18\x53\x80\x67") + 4  # of Matroska; its length follows (RFC 8794, 4)
+    if segment < 4 or segment >= len(head) or not head.startswith(b"\x1a\x45\xdf\xa3"):
+        return 0
+    size = 9 - head[segment].bit_length()
+    unknown = (1 << 7 * size) - 1
+    length = int.from_bytes(head[segment : segment + size], "big") & unknown
+    return 0 if length == unknown else segment + size + length
 
 
 def _kept_of_avi(

@@ -10,18 +10,24 @@ from __future__ import annotations
 
 import io
 import operator
+import os
 import re
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from vidtrain.data.readers.index import NO_TIME
+from vidtrain.data.readers.pieces import by_frames
 from vidtrain.data.readers.pyav import PyAVReader
 from vidtrain.types import DecodeError, UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
     from vidtrain.data.readers.index import FrameIndex
+    from vidtrain.data.readers.pieces import ChooseBox
 
 CONTAINERS = {"mov", "matroska", "webm", "flv"}  # the others came out wrong with one or the other
 
@@ -47,6 +53,8 @@ class _Reader:
             reason = f"{self.decoder} may show wrong frames of {trouble}; use data.decoder=pyav"
             raise DecodeError(self.path, reason)
         self._size: tuple[int, int] | None = None
+        if isinstance(source, str):
+            source = os.path.abspath(source)  # "concat:a.mp4" would be an address
         self._reader = self._call(self._open, source)
         if self._call(len, self._reader) != self._count:
             reason = f"{self.decoder} counts {len(self._reader)} frames where a player shows "
@@ -102,6 +110,10 @@ class _Reader:
             pictures = pictures[[place[index] for index in indices]]
         return pictures.permute(0, 3, 1, 2)
 
+    def pieces(self, indices: Sequence[int], choose: ChooseBox | None = None) -> Iterator[Tensor]:
+        """Hand frames over a piece at a time. See `vidtrain.types.VideoReader`."""
+        return by_frames(self, indices, choose)
+
     def _shown_size(self) -> tuple[int, int]:
         if self._size is None:
             _, _, height, width = self.frames([0]).shape
@@ -116,6 +128,10 @@ class _Reader:
             return f"a damaged file ({index.missing})"
         if index.changes:
             return "a video whose size changes on the way"
+        times = index.seek[index.order]
+        # of flv the index knows only when packets are decoded
+        if (times == NO_TIME).any() or (container != "flv" and (np.diff(times) <= 0).any()):
+            return "a video whose timestamps are missing or do not rise"
         return None
 
     def _open(self, source: str | bytes) -> Any:
@@ -131,7 +147,7 @@ class _Reader:
             raise
         except Exception as error:  # they raise what comes: RuntimeError, IndexError, their own
             said = (str(error).strip() or type(error).__name__).splitlines()[0]
-            said = re.sub(r"^\[[\d:]+\] \S+: ", "", said)[:200]  # decord's time and source line
+            said = re.sub(r"^(\[[\d:]+\] \S+: |\w+, \S+:\d+, )+", "", said)[:200]  # whence in C++
             raise DecodeError(self.path, f"{self.decoder} cannot read it: {said}") from None
 
 

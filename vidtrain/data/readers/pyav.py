@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import functools
 import io
 import itertools
 import operator
@@ -20,10 +21,11 @@ import av
 import numpy as np
 from av.stream import Discard, Disposition
 from av.video.frame import PictureType
-from av.video.reformatter import VideoReformatter
 
-from vidtrain.data.readers.files import why_not_video
+from vidtrain.data.readers.files import FORMATS, why_not_video
 from vidtrain.data.readers.index import NO_TIME, FrameIndex, read_index
+from vidtrain.data.readers.pieces import room
+from vidtrain.data.readers.sheet import UNTURNED, Sheet, to_rgb
 from vidtrain.types import DecodeError
 
 if TYPE_CHECKING:
@@ -31,9 +33,25 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from vidtrain.data.readers.pieces import ChooseBox
+    from vidtrain.types import Box
+
 av.logging.set_level(None)  # nothing on stderr: what is wrong is in the exceptions
 
 LIBAV_ERRORS = (av.error.FFmpegError, OSError, ValueError)
+# Playlists, scripts and numbered pictures make libav read other files, or fetch them from anywhere
+OWN_DATA_ONLY = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "file"}
+MAX_PIXELS = 1 << 27  # of a frame (16K has 133 million): a few bytes may claim any size
+BOUNDED = {"max_pixels": str(MAX_PIXELS)}
+# What libav finds out by decoding at the beginning of a file is in the index already: a quarter of
+# the time that opening takes.
+NO_PROBING = {
+    **BOUNDED,
+    "skip_frame": "all",
+    "probesize": "32",
+    "analyzeduration": "0",
+    "fpsprobesize": "0",
+}
 
 
 class _Odd(Exception):
@@ -70,18 +88,19 @@ class PyAVReader:
         """
         self.path = name or (source if isinstance(source, str) else "<bytes>")
         self._source = source
-        self._reformatter = VideoReformatter()
         self._played = False  # decoded from end to end
         self._plain = False  # read from the beginning each time, since the index did not hold
+        # an mp4 file says all that is needed before its first packet
+        self._known = index is not None and index.container.startswith("mov")
         self._open()
         try:
-            self.fps = self._frame_rate()
             self.container = self._container.format.name
-            self._stored_size = self._codec.width, self._codec.height
             if index is None:
                 index = read_index(self._container, self._stream, self._head())
                 self._fresh = False
             self.index = index
+            # of these an mp4 file says less before its first packet, and not always the truth
+            self.fps, self._stored_size = index.fps, (index.size[0], index.size[1])
             self._faults = list(index.damaged)  # packets that are damaged, as far as is known
             # without byte offsets there is no telling where a seek has led
             self._seekable = bool((index.pos >= 0).all())
@@ -134,35 +153,85 @@ class PyAVReader:
         import torch  # here, because checking files needs no torch, and importing it is slow
 
         indices = [operator.index(index) for index in indices]
-        rows: dict[int, list[int]] = {}
-        for row, rank in enumerate(indices):
+        wanted = sorted(set(indices))
+        pieces = list(self._collect(wanted, len(wanted)))
+        pictures = pieces[0] if pieces else np.empty((0, self.height, self.width, 3), np.uint8)
+        if indices != wanted:
+            row = {rank: row for row, rank in enumerate(wanted)}
+            pictures = pictures[[row[index] for index in indices]]
+        return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2)
+
+    def pieces(self, indices: Sequence[int], choose: ChooseBox | None = None) -> Iterator[Tensor]:
+        """Decode frames in one pass and hand them over a piece at a time.
+
+        Args:
+            indices: ascending, each once.
+            choose: told height and width once a frame is there, it says which part of the frames
+                is wanted: top, left, height, width. The rest is not even converted.
+
+        Yields:
+            `(n, C, h, w)` uint8 RGB with C innermost in memory, as many frames as fit in 64 MiB.
+
+        Raises:
+            DecodeError: a frame that cannot be had, and why.
+            IndexError: an index outside `0 <= i < len(self)`.
+        """
+        import torch
+
+        wanted = [operator.index(index) for index in indices]
+        if any(a >= b for a, b in itertools.pairwise(wanted)):
+            raise ValueError("pieces come in ascending order, each frame once")
+        for pictures in self._collect(wanted, None, choose):
+            yield torch.from_numpy(pictures).permute(0, 3, 1, 2)
+
+    def _collect(
+        self, wanted: list[int], at_once: int | None, choose: ChooseBox | None = None
+    ) -> Iterator[np.ndarray]:
+        """Convert frames to `(n, h, w, 3)`, at most `at_once` of them, or 64 MiB, at a time."""
+        for rank in wanted[:1] + wanted[-1:]:
             if not 0 <= rank < len(self):
                 raise IndexError(f"{self.path}: frame {rank} asked of {len(self)}")
-            rows.setdefault(rank, []).append(row)
-        pictures: np.ndarray | None = None
+        box: Box | None = None
+        sheet: Sheet | None = None
+        for done, frame in enumerate(self._in_order(wanted)):
+            self._note_frame(frame)
+            if box is None:
+                width, height = self._shown_size()
+                box = choose(height, width) if choose else (0, 0, height, width)
+            if sheet is None:
+                count = min(at_once or room(*box[2:]), len(wanted) - done)
+                plain = self.index.turn == UNTURNED
+                plain &= (frame.width, frame.height) == self._stored_size
+                sheet = Sheet(count, box, frame if plain else None)
+            if not sheet.take(frame):
+                sheet.take_picture(self._to_rgb(frame))
+            if sheet.is_full():
+                yield self._convert(sheet.pictures)
+                sheet = None
 
-        def keep(rank: int, frame: av.VideoFrame) -> None:
-            nonlocal pictures
-            picture = self._to_rgb(frame)
-            if pictures is None:  # one block of memory for all, once the size is known
-                pictures = np.empty((len(indices), *picture.shape), np.uint8)
-            pictures[rows[rank][0]] = picture
+    def _note_frame(self, frame: av.VideoFrame) -> None:
+        """Learn from a frame what may not be known before: how it is turned, how large it is."""
+        if self.index.turn is None:
+            self.index.turn = _read_turn(frame)
+        if 0 in self._stored_size:
+            self._stored_size = self.index.size = frame.width, frame.height
 
-        wanted = sorted(rows)
+    def _in_order(self, wanted: list[int]) -> Iterator[av.VideoFrame]:
+        """Decode the wanted frames, ascending; what the fast way has given stands."""
         self._refuse_damaged(wanted)
-        if not self._plain and not self._decode_by_index(wanted, keep):
-            self._plain = True
+        done = 0
+        if not self._plain:
+            try:
+                for frame in self._decode_by_index(wanted):
+                    yield frame
+                    done += 1
+                return
+            except _Odd:
+                self._plain, self._known = True, False
             if not self._played:
                 self._play_through()
             self._refuse_damaged(wanted)
-        if self._plain:
-            self._decode_plainly(wanted, keep)
-        if pictures is None:
-            pictures = np.empty((0, self.height, self.width, 3), np.uint8)
-        for first, *others in rows.values():
-            for other in others:
-                pictures[other] = pictures[first]
-        return torch.from_numpy(pictures).permute(0, 3, 1, 2)
+        yield from self._decode_plainly(wanted[done:])
 
     def check(self) -> Check:
         """Decode every frame, in order, without converting or keeping any."""
@@ -209,11 +278,11 @@ class PyAVReader:
         source = self._source
         try:
             self._container = av.open(
-                # "file:" keeps libav from taking a name such as "a:b.mp4" for an address; nor
-                # may a file name others to be fetched from anywhere else
+                # "file:" keeps libav from taking a name such as "a:b.mp4" for an address
                 io.BytesIO(source) if isinstance(source, bytes) else f"file:{source}",
                 metadata_errors="ignore",
-                container_options={"protocol_whitelist": "file"},
+                container_options=OWN_DATA_ONLY,
+                options=NO_PROBING if self._known else BOUNDED,
             )
         except LIBAV_ERRORS as error:
             raise DecodeError(self.path, why_not_video(source, error)) from None
@@ -228,6 +297,7 @@ class PyAVReader:
         self._codec = self._stream.codec_context
         self._codec.thread_type = "NONE"  # workers fill the cores; threads in each only cost
         self._codec.thread_count = 1
+        self._codec.options = BOUNDED
         self._fresh = True
 
     def _choose_stream(self) -> av.VideoStream:
@@ -240,19 +310,16 @@ class PyAVReader:
             raise DecodeError(self.path, reason)
         if stream.codec_context is None:
             raise DecodeError(self.path, "no decoder for its video codec")
+        width, height = stream.codec_context.width, stream.codec_context.height
+        if width * height > MAX_PIXELS and not self._known:
+            raise DecodeError(self.path, f"its frames claim to be {width} x {height} pixels")
         return stream
 
     def _head(self) -> bytes:
         if isinstance(self._source, bytes):
-            return self._source[:16]
+            return self._source[:128]
         with open(self._source, "rb") as file:
-            return file.read(16)
-
-    def _frame_rate(self) -> float:
-        for rate in (self._stream.average_rate, self._stream.guessed_rate):
-            if rate and rate > 0:
-                return float(rate)
-        return 25.0  # what libav assumes of streams without times
+            return file.read(128)
 
     def _shown_size(self) -> tuple[int, int]:
         if self.index.turn is None:
@@ -264,55 +331,39 @@ class PyAVReader:
 
     def _to_rgb(self, frame: av.VideoFrame) -> np.ndarray:
         """Return the (H, W, 3) picture as shown; frames of another size are scaled to the first."""
-        if self.index.turn is None:
-            self.index.turn = _read_turn(frame)
-        if 0 in self._stored_size:
-            self._stored_size = frame.width, frame.height
         width, height = self._stored_size
-        try:
-            # one thread: waking others takes longer than converting
-            rgb = self._reformatter.reformat(frame, width, height, "rgb24", threads=1)
-        except LIBAV_ERRORS:
-            reason = f"its pixels ({frame.format.name}) cannot be converted to RGB"
-            raise DecodeError(self.path, reason) from None
-        plane = rgb.planes[0]
-        pixels = np.frombuffer(plane, np.uint8)[: plane.line_size * height]
-        pixels = pixels.reshape(height, plane.line_size)[:, : width * 3].reshape(height, width, 3)
+        pixels = self._convert(functools.partial(to_rgb, frame, width, height))
         transposed, mirrored, flipped = self.index.turn
         if transposed:
             pixels = pixels.swapaxes(0, 1)
         return pixels[:: -1 if flipped else 1, :: -1 if mirrored else 1]
 
-    def _decode_by_index(
-        self, wanted: Sequence[int], keep: Callable[[int, av.VideoFrame], None]
-    ) -> bool:
-        """Decode what the index says; return whether it held."""
+    def _convert(self, convert: Callable[[], np.ndarray]) -> np.ndarray:
+        try:
+            return convert()
+        except LIBAV_ERRORS:
+            raise DecodeError(self.path, "its pixels cannot be converted to RGB") from None
+
+    def _decode_by_index(self, wanted: Sequence[int]) -> Iterator[av.VideoFrame]:
+        """Decode what the index says.
+
+        Raises:
+            _Odd: it did not hold.
+        """
+        places = self.index.order[wanted].tolist()
+        starts = [self.index.start_for(rank) for rank in wanted]
         done = 0
         while done < len(wanted):
-            start, first = self.index.start_for(wanted[done])
-            stop = int(self.index.order[wanted[done]])
-            group = []
+            (start, first), stop, run = starts[done], places[done], done
             # one run serves all frames whose keyframe lies within what is decoded anyway
-            for rank in wanted[done:]:
-                if self.index.start_for(rank)[0] > stop:
-                    break
-                group.append(rank)
-                stop = max(stop, int(self.index.order[rank]))
-            done += len(group)
-            try:
-                self._decode_run(start, stop, first, set(group), keep)
-            except _Odd:
-                return False
-        return True
+            while done < len(wanted) and starts[done][0] <= stop:
+                stop = max(stop, places[done])
+                done += 1
+            yield from self._decode_run(start, stop, first, set(wanted[run:done]))
 
     def _decode_run(
-        self,
-        start: int,
-        stop: int,
-        first: int,
-        left: set[int],
-        keep: Callable[[int, av.VideoFrame], None],
-    ) -> None:
+        self, start: int, stop: int, first: int, left: set[int]
+    ) -> Iterator[av.VideoFrame]:
         fed: set[int] = set()
         expected = first
         for frame in self._feed(start, stop, frozenset(left), fed):
@@ -325,7 +376,7 @@ class PyAVReader:
                 raise _Odd
             expected += 1
             if rank in left:
-                keep(rank, frame)
+                yield frame
                 left.remove(rank)
                 if not left:
                     return
@@ -442,9 +493,7 @@ class PyAVReader:
         with contextlib.suppress(*LIBAV_ERRORS):
             yield from self._codec.decode(None)
 
-    def _decode_plainly(
-        self, wanted: Sequence[int], keep: Callable[[int, av.VideoFrame], None]
-    ) -> None:
+    def _decode_plainly(self, wanted: Sequence[int]) -> Iterator[av.VideoFrame]:
         left = set(wanted)
         stop = max((int(self.index.order[rank]) for rank in wanted), default=-1)
         for frame in self._play([], stop):
@@ -453,7 +502,7 @@ class PyAVReader:
                 continue
             rank = int(self.index.ranks[place])
             if rank in left:
-                keep(rank, frame)
+                yield frame
                 left.remove(rank)
                 if not left:
                     return
