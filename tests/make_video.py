@@ -100,6 +100,7 @@ def write_video(
     numbers: Sequence[int] | None = None,
     pattern: str = "blocks",
     faststart: bool = False,
+    movflags: str = "",
     codec_options: dict[str, str] | None = None,
 ) -> Path:
     """Write a video whose frame i carries the number i; the name's ending chooses the container.
@@ -122,6 +123,7 @@ def write_video(
         numbers: what the frames carry instead of 0, 1, 2 ...
         pattern: `blocks` or `flat`, see the top of this file.
         faststart: the index before the data (mp4 and mov).
+        movflags: further flags of the writer of mp4 and mov, such as "+frag_keyframe".
         codec_options: further options of the encoder.
 
     Returns:
@@ -132,10 +134,10 @@ def write_video(
     rate = Fraction(fps).limit_denominator(1001)
     options = _encoder_options(codec, gop, b_frames, open_gop) | (codec_options or {})
     width, height = size if rotation % 180 == 0 else size[::-1]
+    if faststart and path.suffix != ".avi":
+        movflags += "+faststart"
     with av.open(
-        str(path),
-        "w",
-        options={"movflags": "+faststart"} if faststart and path.suffix != ".avi" else {},
+        str(path), "w", options={"movflags": movflags} if movflags else {}
     ) as container:
         stream = container.add_stream(codec, rate=rate, options=options)
         stream.width, stream.height = width, height
@@ -281,7 +283,7 @@ def _write_tone(
     container.mux(sound.encode())
 
 
-def _box(data: bytes | bytearray, *names: bytes) -> int:
+def find_box(data: bytes | bytearray, *names: bytes) -> int:
     """Return where the payload of the box reached by these names begins; the first of each."""
     start, end = 0, len(data)
     for name in names:
@@ -301,7 +303,7 @@ def _box(data: bytes | bytearray, *names: bytes) -> int:
 def _patch_rotation(path: Path, rotation: int) -> None:
     """Write the matrix of a clockwise turn into the first track's header (ISO 14496-12, 8.3.2)."""
     data = bytearray(path.read_bytes())
-    header = _box(data, b"moov", b"trak", b"tkhd")
+    header = find_box(data, b"moov", b"trak", b"tkhd")
     matrix = header + (52 if data[header] == 1 else 40)
     one = 1 << 16
     a, b, c, d = {90: (0, one, -one, 0), 180: (-one, 0, 0, -one), 270: (0, -one, one, 0)}[rotation]
@@ -312,11 +314,11 @@ def _patch_rotation(path: Path, rotation: int) -> None:
 def _patch_edit_list(path: Path, first: int, count: int, rate: Fraction) -> None:
     """Make the first track's edit list show `count` frames from `first` (ISO 14496-12, 8.6.6)."""
     data = bytearray(path.read_bytes())
-    movie_scale = struct.unpack_from(">I", data, _box(data, b"moov", b"mvhd") + 12)[0]
-    media_header = _box(data, b"moov", b"trak", b"mdia", b"mdhd")
+    movie_scale = struct.unpack_from(">I", data, find_box(data, b"moov", b"mvhd") + 12)[0]
+    media_header = find_box(data, b"moov", b"trak", b"mdia", b"mdhd")
     assert data[media_header] == 0, "a 32-bit header is expected"
     media_scale = struct.unpack_from(">I", data, media_header + 12)[0]
-    edits = _box(data, b"moov", b"trak", b"edts", b"elst")
+    edits = find_box(data, b"moov", b"trak", b"edts", b"elst")
     version, entries = data[edits], struct.unpack_from(">I", data, edits + 4)[0]
     assert (version, entries) == (0, 1), "one 32-bit edit is expected"
     shown_from = struct.unpack_from(">i", data, edits + 12)[0] + round(first * media_scale / rate)

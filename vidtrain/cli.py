@@ -11,6 +11,7 @@ VERBS = {
     "test": "score a checkpoint on many clips of each video",
     "predict": "name what is in your videos",
     "summary": "layers, shapes, receptive fields, parameters, multiply-adds",
+    "bench": "time decoding, loader, transfer and model on your data; what limits, what to change",
     "data": "action=prepare|check|stats|show: a dataset's manifest, health and looks",
     "completion": "print a completion script: bash, zsh or fish",
 }

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict, runtime_checkable
 
 if TYPE_CHECKING:
+    import numpy as np
+    import torch
     from torch import Tensor
 
 
@@ -83,9 +85,9 @@ class Sample(TypedDict, total=False):
     """One video with all its views, as a worker hands it over."""
 
     video: Tensor  # (V, T, C, H, W) uint8, ready crops (training)
-    frames: Tensor  # (N, C, H, W) uint8, each wanted frame once (testing) ...
+    frames: Tensor  # (N, C, H, W) uint8, each wanted frame once (testing; or data/spill.py) ...
     view_frames: Tensor  # (V, T) int64, which of them make a view ...
-    view_crops: Tensor  # (V, 3) int64, and where it lies in them: top, left, size
+    view_crops: np.ndarray  # (V, 3) int64, and where it lies in them: top, left, size
     label: Tensor  # () int64, -1 where unknown, or (K,) float32 of zeros and ones
     index: int  # the row of the split
     seed: int  # of this sample's random draws
@@ -96,10 +98,21 @@ class Sample(TypedDict, total=False):
 class Batch(TypedDict, total=False):
     """What the model's task sees, after the device transform."""
 
-    video: Tensor  # (B, V, C, T, H, W) float
+    video: Tensor | Views  # (B, V, C, T, H, W) float
     label: Tensor  # (B,) int64, or (B, K) float32
     index: Tensor  # (B,) int64
     failures: list[Failure]
+
+
+@runtime_checkable
+class Views(Protocol):
+    """Views that are made when they are asked for, since all together they are too many."""
+
+    shape: torch.Size  # (B, V, C, T, H, W)
+
+    def pieces(self, size: int | None) -> Iterator[Tensor]:
+        """Yield the views of one video after another, `size` at a time: `(n, C, T, H, W)` float."""
+        ...
 
 
 @runtime_checkable
@@ -149,7 +162,7 @@ class VideoReader(Protocol):
                 height, width. A reader need not convert the rest.
 
         Yields:
-            `(n, C, h, w)` uint8 RGB with C innermost in memory, as many frames as fit in 64 MiB.
+            `(n, C, h, w)` uint8 RGB with C innermost in memory, as many frames as fit in 4 MiB.
         """
         ...
 

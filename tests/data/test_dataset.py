@@ -1,19 +1,25 @@
 """From a row to a sample: which frames come out, read from the frames themselves."""
 
+import gc
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from make_video import read_numbers, write_video
 
+from vidtrain.data.cache import FrameCache
 from vidtrain.data.collate import collate
 from vidtrain.data.dataset import VideoDataset
+from vidtrain.data.decode import open_video
+from vidtrain.data.indices import IndexStore
 from vidtrain.data.manifest import Row
-from vidtrain.data.transforms.device import gather_views
+from vidtrain.data.sources import Sources
+from vidtrain.data.spill import Spill
+from vidtrain.data.transforms import sample as geometry
+from vidtrain.data.transforms.device import DeviceTransform, gather_views
 from vidtrain.data.transforms.sample import Augment
-from vidtrain.types import Clip, DecodeError, UserError
+from vidtrain.types import Clip, DecodeError, Failure, UserError
 
 CLIP = Clip(num_frames=4, stride=3, size=96, mean=[0.5] * 3, std=[0.5] * 3)
 
@@ -30,8 +36,8 @@ class Rows:
     def row(self, index: int) -> Row:
         return self.rows[index]
 
-    def absolute_path(self, row: Row) -> Path:
-        return Path(row.path)
+    def location(self, row: Row) -> str:
+        return row.path
 
 
 def row(path, labels=(1,), start=None, end=None):
@@ -51,7 +57,7 @@ def test_testing_views_are_the_uniform_clips_and_each_frame_comes_once(videos):
     dataset = VideoDataset(Rows(row(videos / "wide.mp4")), CLIP, clips=3, crops=3)
     sample = dataset[0, 0]
     clips = [[0, 3, 6, 9], [15, 18, 21, 24], [30, 33, 36, 39]]
-    assert read_numbers(sample["frames"]) == sum(clips, [])
+    assert read_numbers(sample["frames"]) == [number for clip in clips for number in clip]
     assert sample["frames"].shape == (12, 3, 96, 160)
     assert sample["view_frames"].shape == (9, 4) and sample["view_crops"].shape == (9, 3)
     assert sample["view_crops"][:3].tolist() == [[0, 0, 96], [0, 32, 96], [0, 64, 96]]
@@ -77,6 +83,99 @@ def test_training_clips_are_strided_and_follow_from_the_seed(videos):
     assert len(starts) > 10
     first, again = dataset[0, 7]["video"], dataset[0, 7]["video"]
     assert torch.equal(first, again) and first.shape == (1, 4, 3, 96, 96)
+
+
+def test_several_clips_of_one_decode_are_each_drawn_anew(videos):
+    augment = Augment(area=[0.2, 0.6], hflip=0.5, repeats=3)
+    rows = Rows(row(videos / "wide.mp4"))
+    dataset = VideoDataset(rows, CLIP, augment=augment)
+    opened = []
+    dataset.watch = lambda *which: opened.append(which)
+    video = dataset[0, 5]["video"]
+    assert video.shape == (3, 4, 3, 96, 96)
+    assert opened == [(0, str(videos / "wide.mp4"))]
+    assert not torch.equal(video[0], video[1]) and not torch.equal(video[1], video[2])
+    # What comes back is what cropping whole frames gives.
+    rng = np.random.default_rng([5, 0])
+    indices = dataset.choose(40, 20.0, 3, rng)
+    boxes = [geometry.random_geometry(96, 160, 96, augment, rng) for _ in range(3)]
+    with open_video(videos / "wide.mp4") as reader:
+        for view, wanted, box in zip(video, indices, boxes, strict=True):
+            assert torch.equal(view, geometry.crop(reader.frames(wanted.tolist()), box, 96))
+
+
+def test_a_clip_longer_than_its_video_repeats_the_frames_that_there_are(videos):
+    clip = Clip(num_frames=8, stride=9, size=96, mean=[0.5] * 3, std=[0.5] * 3)
+    for past_end, numbers in (("hold", [0, 9, 18, 27, 36, 39, 39, 39]), ("loop", None)):
+        dataset = VideoDataset(
+            Rows(row(videos / "square.mp4")), clip, augment=Augment(), past_end=past_end
+        )
+        seen = read_numbers(dataset[0, 0]["video"][0])
+        assert seen == (numbers or [0, 9, 18, 27, 36, 5, 14, 23])
+
+
+@pytest.mark.parametrize("how", ["file", "memory"])
+def test_views_are_the_same_whether_frames_fit_in_memory_or_not(videos, how, tmp_path, monkeypatch):
+    monkeypatch.setattr("vidtrain.data.readers.pieces.PIECE", 5 * 160 * 96 * 3)  # five at a time
+    rows = Rows(row(videos / "wide.mp4"))
+    whole = VideoDataset(rows, CLIP, clips=3, crops=3, short_side=64, size=64)[0, 0]
+    spill = {"spill": tmp_path, "spill_above": 1000} if how == "file" else {}
+    dataset = VideoDataset(rows, CLIP, clips=3, crops=3, short_side=64, size=64, **spill)
+    sample = dataset[0, 0]
+    assert isinstance(sample["frames"], Spill if how == "file" else torch.Tensor)
+    transform = DeviceTransform([0.5] * 3, [0.5] * 3, lazily_above=3 * 4 * 4 * 3 * 64 * 64)
+    views = transform.eval()(collate([pickle.loads(pickle.dumps(sample))]))["video"]
+    pieces = list(views.pieces(None))
+    assert [len(piece) for piece in pieces] == [3, 3, 3]
+    expected = DeviceTransform([0.5] * 3, [0.5] * 3).eval()(collate([whole]))["video"]
+    assert torch.equal(torch.cat(pieces), expected[0])
+    assert torch.equal(views[0, 4], expected[0, 4])
+    assert views.shape == expected.shape
+    del sample, views
+    gc.collect()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_killed_processes_left_is_cleared_away(tmp_path):
+    (tmp_path / f"frames-{2**22 + 1}-abc").write_bytes(b"left")  # above the largest process id
+    spill = Spill((2, 4, 4, 3), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [spill.path.name]
+
+
+def test_a_row_that_a_worker_died_of_counts_as_unreadable(videos):
+    rows = Rows(*[row(videos / "square.mp4", (k,)) for k in range(6)])
+    dataset = VideoDataset(rows, CLIP, augment=Augment())
+    dataset.lost[2] = "the decoder crashed (signal 11)"
+    sample = dataset[2, 0]
+    assert sample["index"] != 2
+    assert sample["failures"] == [
+        Failure(2, str(videos / "square.mp4"), "the decoder crashed (signal 11)")
+    ]
+
+
+def test_an_index_once_read_is_kept_for_the_next_run(videos, tmp_path, monkeypatch):
+    rows = Rows(row(videos / "square.mp4"))
+    kept = IndexStore(tmp_path / "a.frames", 1)
+    first = VideoDataset(rows, CLIP, sources=Sources(indices=kept))[0, 0]["frames"]
+    monkeypatch.setattr("vidtrain.data.readers.pyav.read_index", None)
+    store = IndexStore(tmp_path / "a.frames", 1)
+    again = VideoDataset(rows, CLIP, sources=Sources(indices=store))[0, 0]["frames"]
+    assert torch.equal(first, again)
+
+
+def test_cached_frames_are_not_decoded_again(videos, tmp_path, monkeypatch):
+    rows = Rows(row(videos / "square.mp4"))
+    sources = Sources(cache=FrameCache(tmp_path, 10**8, 96))
+    dataset = VideoDataset(rows, CLIP, augment=Augment(), sources=sources)
+    first = dataset[0, 1]["video"]
+    monkeypatch.setattr("vidtrain.data.sources.open_video", None)
+    assert torch.equal(dataset[0, 1]["video"], first)
+    assert read_numbers(VideoDataset(rows, CLIP, sources=sources)[0, 0]["frames"]) == [
+        15,
+        18,
+        21,
+        24,
+    ]
 
 
 def test_a_rate_of_ones_own(videos):
@@ -152,7 +251,6 @@ def test_many_labels_are_zeros_and_ones(videos):
     unlabelled = Rows(row(videos / "square.mp4", ()))
     assert VideoDataset(unlabelled, CLIP, num_classes=5)[0, 0]["label"].tolist() == [0] * 5
     assert VideoDataset(unlabelled, CLIP)[0, 0]["label"].item() == -1
-
 
 
 def test_wrong_settings_are_named(videos):

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from vidtrain.data import manifest
-from vidtrain.data.manifest import Annotations, Manifest, Row, export, make_rows, save
+from vidtrain.data.manifest import Annotations, Manifest, Place, Row, export, make_rows, save
 from vidtrain.data.prepare import folder
 from vidtrain.types import UserError
 
@@ -54,7 +54,7 @@ def test_header(tmp_path: Path) -> None:
     assert found.label_names == NAMES
     assert found.official == {"train": 3}
     assert found.notes == ["one row is missing"]
-    assert found.root == tmp_path / "videos"
+    assert found.root == str(tmp_path / "videos")
     assert found.name == "small"
     assert found.row(0).start is None and found.row(0).group is None
 
@@ -62,7 +62,58 @@ def test_header(tmp_path: Path) -> None:
 def test_relative_root_is_kept_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     save(small(), Path("m.arrow"), "small", Path("videos"))
-    assert Manifest(Path("m.arrow")).root == tmp_path / "videos"
+    assert Manifest(Path("m.arrow")).root == str(tmp_path / "videos")
+
+
+def packed(offsets: object = (512, 0, 7, 9), shard: str = "train-000000.tar") -> Annotations:
+    rows = small().rows
+    shards = [shard, "train-000001.tar", shard, shard]
+    for name, values in {"shard": shards, "offset": offsets, "size": [5, 6, 7, 8]}.items():
+        rows = rows.append_column(name, pa.array(values))
+    return Annotations(rows, NAMES)
+
+
+def test_places_of_packed_videos(tmp_path: Path) -> None:
+    found = saved(tmp_path, packed())
+    row = found.row(1)
+    assert row == Row("a/ü 2.mp4", (2, 1), None, None, "train", None, ("train-000001.tar", 0, 6))
+    assert found.row(3).place == Place("train-000000.tar", 9, 8)
+    assert found.location(row) == f"{tmp_path}/videos/train-000001.tar:a/ü 2.mp4"
+    with pytest.raises(UserError, match="no file of its own: small is packed"):
+        found.absolute_path(row)
+    files = saved(tmp_path / "files")
+    assert files.row(1).place is None
+    assert files.location(files.row(1)) == str(files.absolute_path(files.row(1)))
+    assert found.fingerprint == files.fingerprint, "a run could not go on with the packed copy"
+
+
+@pytest.mark.parametrize(
+    "shard",
+    ["../a.tar", "a/b.tar", "/a.tar", "..", ".a", "", "a\0", "a\n", "http:a", "%2e%2e", "a?b"],
+)
+def test_shards_stay_in_the_root(tmp_path: Path, shard: str) -> None:
+    with pytest.raises(UserError, match="cannot be the name of a shard"):
+        saved(tmp_path, packed(shard=shard))
+
+
+def test_places_must_be_possible(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no video of .* can have 5 bytes at offset -1"):
+        saved(tmp_path, packed([0, -1, 0, 0]))
+    with pytest.raises(ValueError, match="'offset' has nulls"):
+        saved(tmp_path, packed([0, None, 0, 0]))
+
+
+def test_a_root_may_be_a_url(tmp_path: Path) -> None:
+    save(packed(), tmp_path / "m.arrow", "small", "s3://bucket/a set/")
+    found = Manifest(tmp_path / "m.arrow")
+    assert found.root == "s3://bucket/a set"
+    assert found.location(found.row(0)) == "s3://bucket/a set/train-000000.tar:a/1.mp4"
+    with pytest.raises(UserError, match="no file of its own"):
+        found.absolute_path(found.row(0))
+    save(small(), tmp_path / "n.arrow", "small", "s3://bucket/a set/")
+    with pytest.raises(UserError, match="no file of its own"):
+        Manifest(tmp_path / "n.arrow").absolute_path(small_row := found.row(0))
+    assert small_row.place
 
 
 def test_splits_and_counts(tmp_path: Path) -> None:
@@ -241,7 +292,7 @@ def test_export_and_read_back(tmp_path: Path) -> None:
     for ending in ("csv", "parquet"):
         table = tmp_path / f"table.{ending}"
         export(found, table)
-        again = folder.prepare(found.root, annotations=str(table), multi_label=True)
+        again = folder.prepare(Path(found.root), annotations=str(table), multi_label=True)
         assert again.rows.to_pydict() == annotations.rows.to_pydict()
         assert again.label_names == NAMES
     with pytest.raises(UserError, match=r"\.parquet or \.csv"):

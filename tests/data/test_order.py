@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 
 from vidtrain.data.order import EvaluationOrder, TrainingOrder
@@ -13,16 +14,48 @@ def epoch(order, number):
 
 
 @pytest.mark.parametrize(
-    ("rows", "world", "batch"), [(64, 1, 8), (64, 4, 2), (67, 4, 2), (7, 2, 3)]
+    ("rows", "world", "batch"),
+    [(64, 1, 8), (64, 4, 2), (67, 4, 2), (7, 2, 3), (65, 64, 2), (129, 64, 1), (1000, 7, 33)],
 )
-def test_training_sees_each_row_at_most_once_and_ranks_are_even(rows, world, batch):
-    orders = [TrainingOrder(rows, batch, 0, rank, world) for rank in range(world)]
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_training_sees_each_row_once_and_ranks_are_even(rows, world, batch, drop_last):
+    orders = [
+        TrainingOrder(rows, batch, 0, rank, world, drop_last=drop_last) for rank in range(world)
+    ]
     batches = [epoch(order, 0) for order in orders]
     seen = [row for rank in batches for part in rank for row, _ in part]
+    sizes = {len(part) for rank in batches for part in rank}
     assert len(seen) == len(set(seen))
     assert len({len(part) for part in batches}) == 1
-    assert len(seen) >= rows - world * batch + 1
     assert all(len(order) == len(part) for order, part in zip(orders, batches, strict=True))
+    assert max(sizes) <= batch and min(sizes) >= 1
+    if drop_last:
+        assert len(seen) >= rows - world * batch + 1
+        assert len(sizes) == 1 or len(batches[0]) == 1
+    else:
+        assert len(seen) == rows or batch == 1 and len(seen) == rows - rows % world
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_64_ranks_of_8_workers_see_every_video_of_sports_1m_once():
+    rows, world, workers, batch = 1_133_158, 64, 8, 32
+    seen = np.zeros(rows, np.uint8)
+    steps = set()
+    for rank in range(world):
+        order = TrainingOrder(rows, batch, 0, rank, world)
+        shares = [0] * workers
+        for number, part in enumerate(order):
+            seen[[row for row, _ in part]] += 1
+            shares[number % workers] += len(part)  # the loader deals batches out in turn
+        steps.add(len(order))
+        assert max(shares) - min(shares) <= batch
+    assert (seen == 1).all()
+    assert len(steps) == 1  # nobody waits for a rank that has no more
+    seen[:] = 0
+    for rank in range(world):
+        for part in EvaluationOrder(rows, batch, rank, world):
+            seen[[row for row, _ in part]] += 1
+    assert (seen == 1).all()
 
 
 def test_epochs_and_seeds_differ_and_can_be_had_again():

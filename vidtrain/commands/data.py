@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
@@ -41,7 +43,7 @@ def check_settings(cfg: DictConfig) -> None:
         raise UserError(f"clips is {clips!r}; it must be a whole number, at least 1")
     if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not seconds > 0:
         raise UserError(f"time_limit is {seconds!r}; it must be a number of seconds, more than 0")
-    if cfg.output is not None:
+    if cfg.output is not None and cfg.action in ("check", "show"):  # the others write folders
         output_file(cfg, "")
 
 
@@ -234,8 +236,60 @@ def seen_by_model(data: Any, sample: Any) -> Any:
 
     data.transform.train("video" in sample)
     video = data.transform(collate([sample]))["video"][0, 0]  # (C, T, H, W)
-    mean, std = (part.view(3, 1, 1, 1) for part in (data.transform.mean, data.transform.std))
-    return ((video * std + mean) * 255).round().clamp(0, 255).transpose(0, 1)
+    pixels = (video - data.transform.shift) / data.transform.scale
+    return pixels.round().clamp(0, 255).transpose(0, 1)
+
+
+def pack(cfg: DictConfig, data: Any, console: Console) -> int:
+    """Pack the files, as they are, into tar shards that can be read clip by clip or in sequence."""
+    from vidtrain.data import pack as packing
+
+    shard_mb = cfg.pack.shard_mb
+    if not isinstance(shard_mb, (int, float)) or isinstance(shard_mb, bool) or not shard_mb > 0:
+        raise UserError(f"pack.shard_mb is {shard_mb!r}; it must be a number of MiB, more than 0")
+    output = Path(str(cfg.output or f"{data.name}-packed")).expanduser()
+    found = data.manifest
+    rows = len(found) if cfg.split is None else found.splits[cfg.split]
+    # What is true of the data and lies in its config, not in its files.
+    facts = [
+        f"data.{key}={json.dumps(value, separators=(',', ':'))}".replace('"', "")
+        for key, default in PACKED_AS.items()
+        if (value := OmegaConf.to_object(cfg.data)[key]) != default
+    ]
+    if (data.num_classes or 0) > len(found.label_names):
+        facts.append(f"data.num_classes={data.num_classes}")
+    notes = [f"packed from {found.name}: set {' '.join(facts)} as there"] if facts else []
+    with Progress(console=Console(stderr=True)) as bar:
+        looked = bar.add_task("look", total=rows)
+        plan = packing.plan(
+            found, cfg.split, shard_mb, cfg.seed, data.multi_label, lambda: bar.advance(looked)
+        )
+        bar.update(looked, completed=rows)  # several may be pieces of one file
+        size = sum(video.size for shard in plan.shards for video in shard.videos)
+        task = bar.add_task("pack", total=size)
+        packed = packing.pack(
+            found, plan, output, min(8, data.workers), notes, lambda size: bar.advance(task, size)
+        )
+    for path, reason in packed.left_out:
+        console.print(f"left out: {path}: {reason}", style="red", markup=False, soft_wrap=True)
+    console.print(
+        f"{packed.videos} videos, {size / 1e6:,.0f} MB, in {packed.shards} shards in {output}"
+        f" ({packed.kept} of them from before), {len(packed.left_out)} left out;"
+        f" to use them: {shlex.join(['data=packed', f'data.root={output}', *facts])}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 1 if packed.left_out else 0
+
+
+PACKED_AS = {
+    "hflip": True,
+    "multi_label": False,
+    "sampling": "random",
+    "region": None,
+    "span": None,
+}
 
 
 ACTIONS: dict[str, Callable[[DictConfig, Any, Console], int | None]] = {
@@ -243,4 +297,5 @@ ACTIONS: dict[str, Callable[[DictConfig, Any, Console], int | None]] = {
     "check": check,
     "stats": stats,
     "show": show,
+    "pack": pack,
 }

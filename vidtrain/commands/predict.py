@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -13,14 +14,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
-from torch.utils.data import DataLoader
 
 from vidtrain import build, checkpoint, config
 from vidtrain.data.collate import collate
 from vidtrain.data.dataset import VideoDataset
+from vidtrain.data.loader import Loader
 from vidtrain.data.manifest import Row
 from vidtrain.data.module import default_workers, start_worker
 from vidtrain.data.order import EvaluationOrder
+from vidtrain.data.sources import Sources
 from vidtrain.data.transforms.device import DeviceTransform
 from vidtrain.tasks.base import VideoTask
 from vidtrain.types import Clip, UserError
@@ -45,9 +47,9 @@ class Files:
         """Give file `index` as a row."""
         return Row(str(self.paths[index]), (), None, None, "predict", None)
 
-    def absolute_path(self, row: Row) -> Path:
+    def location(self, row: Row) -> str:
         """Say where it lies."""
-        return Path(row.path)
+        return row.path
 
 
 def main(cfg: DictConfig) -> int:
@@ -92,16 +94,21 @@ def main(cfg: DictConfig) -> int:
         past_end=facts["past_end"],
         region=facts["region"],
         span=facts["span"],
-        decoder=cfg.decoder,
+        sources=Sources(cfg.decoder),
+        spill=Path(tempfile.gettempdir(), "vidtrain-spill"),
+        spill_above=merged.views.memory << 20,
     )
     workers = default_workers() if cfg.workers == "auto" else cfg.workers
-    loader = DataLoader(
+    loader = Loader(
         dataset,
-        batch_sampler=EvaluationOrder(len(dataset), cfg.batch_size, 0, 1),
-        num_workers=min(workers, len(files)),
-        collate_fn=collate,
-        worker_init_fn=start_worker,
+        EvaluationOrder(len(dataset), cfg.batch_size, 0, 1),
+        collate,
+        workers=min(workers, len(files)),
+        worker_init=start_worker,
     )
+    transform = DeviceTransform(
+        clip.mean, clip.std, lazily_above=4 * merged.views.memory << 20
+    ).eval()
     names = saved["vidtrain"]["label_names"]
     console = Console(emoji=False)  # a label `:car:` is printed as it is
     shown: list[dict[str, Any]] = []
@@ -113,7 +120,7 @@ def main(cfg: DictConfig) -> int:
         Progress(console=Console(stderr=True)) as bar,
     ):
         bar_of_files = bar.add_task("predict", total=len(files))
-        for line in predictions(task, loader, clip, device, files, names, cfg.top):
+        for line in predictions(task, loader, transform, device, files, names, cfg.top):
             failed += "error" in line
             write_line(file, line)
             if len(shown) < SHOWN:
@@ -201,22 +208,24 @@ def find_files(source: Path) -> list[Path]:
 
 def predictions(
     task: VideoTask,
-    loader: DataLoader[Any],
-    clip: Clip,
+    loader: Loader,
+    transform: DeviceTransform,
     device: torch.device,
     files: list[Path],
     names: list[str],
     top: int,
 ) -> Iterator[dict[str, Any]]:
     """Yield one line a file, in order: its best labels, or its error."""
-    transform = DeviceTransform(clip.mean, clip.std).to(device).eval()
     for batch in loader:
         lines: dict[int, dict[str, Any]] = {}
         for failure in batch["failures"]:
             lines[failure.row] = {"path": str(files[failure.row]), "error": failure.reason}
         if "frames" in batch:
-            for key in ("frames", "view_frames", "view_crops"):
-                batch[key] = [tensor.to(device) for tensor in batch[key]]
+            for key in ("frames", "view_frames"):
+                batch[key] = [
+                    part.to(device) if isinstance(part, torch.Tensor) else part
+                    for part in batch[key]
+                ]
             with torch.inference_mode():
                 scores = task.probabilities(task.logits(transform(batch))).cpu()
             for index, values in zip(batch["index"].tolist(), scores, strict=True):

@@ -5,22 +5,19 @@ from __future__ import annotations
 import contextlib
 import csv
 import hashlib
-import multiprocessing
 import os
-import signal
-import time
 from collections import defaultdict
-from multiprocessing import resource_tracker
-from multiprocessing.connection import wait
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from vidtrain.data import crew
+from vidtrain.data.crew import Lost
 from vidtrain.data.decode import check_decoder, open_video
 from vidtrain.types import DecodeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Iterator
-    from multiprocessing.connection import Connection
 
     from vidtrain.types import VideoReader
 
@@ -94,7 +91,7 @@ def check_files(
         time_limit: seconds that one file may take.
         progress: called with each result as soon as it is there.
         decoder: see `vidtrain.data.decode.open_video`.
-        look: what is done with each path and the decoder, a function at the top of its module.
+        look: what is done with each path and `decoder`, a function at the top of its module.
 
     Yields:
         A `Probe` for each path, in the order of the paths.
@@ -103,139 +100,29 @@ def check_files(
         UserError: a decoder that is not known.
     """
     check_decoder(decoder)
-    return _check_files(paths, workers or _cores(), time_limit, progress, decoder, look)
+    return _probes(paths, workers, time_limit, progress, partial(look, decoder=decoder))
 
 
-def _check_files(
+def _probes(
     paths: Iterable[str | Path],
     workers: int,
     time_limit: float,
     progress: Callable[[Probe], None] | None,
-    decoder: str,
-    look: Callable[[str, str], Probe],
+    look: Callable[[str], Probe],
 ) -> Iterator[Probe]:
-    todo = enumerate(os.fspath(path) for path in paths)
-    crew: list[_Worker] = []
-    done: dict[int, Probe] = {}
-    yielded = 0
-    try:
-        while True:
-            crew = [worker for worker in crew if worker.job is not None or worker.is_fit()]
-            idle = [worker for worker in crew if worker.job is None]
-            while idle or len(crew) < workers:
-                job = next(todo, None)
-                if job is None:
-                    break
-                if not idle:
-                    idle.append(_Worker(look, decoder))
-                    crew += idle
-                idle.pop().give(*job)
-            busy = [worker for worker in crew if worker.job is not None]
-            if not busy:
-                return
-            # a process that dies closes its end, so its connection is ready as well
-            wait(
-                [worker.connection for worker in busy],
-                max(0.0, min(worker.time_left(time_limit) for worker in busy)),
-            )
-            for worker in busy:
-                result = worker.result(time_limit)
-                if result is None:
-                    continue
-                done[worker.job], worker.job = result, None
-                if progress is not None:
-                    progress(result)
-            while yielded in done:
-                yield done.pop(yielded)
-                yielded += 1
-    finally:
-        for worker in crew:
-            worker.end()
+    def tell(result: Probe | Lost) -> None:
+        if progress is not None:
+            progress(_probe_of(result))
+
+    results = crew.run(look, map(os.fspath, paths), workers, time_limit, tell, "the decoder")
+    with contextlib.closing(results):  # at once, also when the loop is left
+        yield from map(_probe_of, results)
 
 
-class _Worker:
-    """A process, and the file it is at."""
-
-    def __init__(self, look: Callable[[str, str], Probe], decoder: str) -> None:
-        context = multiprocessing.get_context("spawn")  # no copy of our threads and open files
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, look, decoder), daemon=True)
-        # Ctrl-C goes to every process at the terminal: born with it blocked, they leave it to us.
-        # The first process brings along a helper, whose start would lift the block.
-        resource_tracker.ensure_running()
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            self.process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        theirs.close()
-        self.job: int | None = None
-        self.path = ""
-        self.began: float | None = None
-        self.has_begun = False
-
-    def is_fit(self) -> bool:
-        """Tell whether it can take another file; clear away what is left of it if not."""
-        if not self.process.is_alive():
-            self.end()
-            return False
-        return True
-
-    def give(self, job: int, path: str) -> None:
-        self.job, self.path, self.began = job, path, None
-        with contextlib.suppress(OSError):  # it died since: `result` will find out
-            self.connection.send(path)
-
-    def time_left(self, time_limit: float) -> float:
-        # what it takes to start the process is not the file's fault
-        return time_limit if self.began is None else self.began + time_limit - time.monotonic()
-
-    def result(self, time_limit: float) -> Probe | None:
-        """Return what came of the file, or None as long as it is being worked on."""
-        alive = self.process.is_alive()  # before looking for its last words
-        try:
-            while self.connection.poll():
-                word = self.connection.recv()
-                if word is not None:
-                    return word
-                self.began, self.has_begun = time.monotonic(), True
-        except (EOFError, OSError):
-            alive = False
-        if not alive:
-            self.process.join()
-            if not self.has_begun:
-                code = self.process.exitcode
-                raise RuntimeError(f"a process for checking files did not start (exit code {code})")
-            return Probe(self.path, ok=False, error=_cause_of_death(self.process.exitcode))
-        if self.time_left(time_limit) <= 0:
-            self.end()
-            return Probe(self.path, ok=False, error=f"took longer than {time_limit:g} s")
-        return None
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.join()
-        self.connection.close()
-
-
-def _work(connection: Connection, look: Callable[[str, str], Probe], decoder: str) -> None:
-    with contextlib.suppress(EOFError, OSError):  # the other side is gone
-        while True:
-            path = connection.recv()
-            connection.send(None)  # the clock starts now
-            connection.send(look(path, decoder))
-
-
-def _cause_of_death(exit_code: int | None) -> str:
-    if exit_code is None or exit_code >= 0:
-        return f"the decoder ended the process (exit code {exit_code})"
-    if -exit_code == signal.SIGKILL:
-        return "the process was killed (signal 9): out of memory, perhaps"
-    return f"the decoder crashed (signal {-exit_code})"
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _probe_of(result: Probe | Lost) -> Probe:
+    if isinstance(result, Lost):
+        return Probe(result.job, ok=False, error=result.reason)
+    return result
 
 
 def write_table(probes: Iterable[Probe], path: str | Path) -> None:

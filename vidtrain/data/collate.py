@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vidtrain.types import Sample
 
+Empty = Callable[[Sequence[int], torch.dtype], Tensor]  # makes a tensor to be filled
 
-def collate(samples: list[Sample]) -> dict[str, Any]:
+
+def plain_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Make a tensor in this process's own memory."""
+    return torch.empty(shape, dtype=dtype)
+
+
+def collate(samples: list[Sample], empty: Empty = plain_memory) -> dict[str, Any]:
     """Stack the samples that have frames; failures of all of them are listed.
 
+    Args:
+        samples: of one batch.
+        empty: makes the memory that frames are stacked into; a worker's is shared with the main
+            process, so that they are copied once.
+
     Returns:
-        `video` (B, V, T, C, H, W) uint8 where views come ready, else lists of B `frames`,
-        `view_frames`, `view_crops`, since videos differ in size and length; `label`, `index` (B,),
-        `failures`, `fps`, and `seed`, of what is drawn for the batch as a whole. B may be 0: every
-        video of the batch failed.
+        `video` (B, V, T, C, H, W) uint8, C innermost in memory, where views come ready, else lists
+        of B `frames`, `view_frames`, `view_crops`, since videos differ in size and length; `label`,
+        `index` (B,), `failures`, `fps`, and `seed`, of what is drawn for the batch as a whole. B may
+        be 0: every video of the batch failed.
     """
     failures = [failure for sample in samples for failure in sample.get("failures", [])]
     good = [sample for sample in samples if "video" in sample or "frames" in sample]
@@ -30,8 +44,16 @@ def collate(samples: list[Sample]) -> dict[str, Any]:
         return batch
     batch["label"] = torch.stack([sample["label"] for sample in good])
     if "video" in good[0]:
-        batch["video"] = torch.stack([sample["video"] for sample in good])
+        batch["video"] = stack_channels_last([sample["video"] for sample in good], empty)
     else:
         for key in ("frames", "view_frames", "view_crops"):
             batch[key] = [sample[key] for sample in good]
     return batch
+
+
+def stack_channels_last(videos: Sequence[Tensor], empty: Empty) -> Tensor:
+    """Stack `(V, T, C, H, W)` videos without changing their order in memory, which is `V T H W C`."""
+    rows = [video.movedim(-3, -1) for video in videos]
+    together = empty((len(rows), *rows[0].shape), rows[0].dtype)
+    torch.stack(rows, out=together)
+    return together.movedim(-1, -3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vidtrain.data import sampling
-from vidtrain.data.decode import open_video
 from vidtrain.data.manifest import Row
 from vidtrain.data.order import Key
+from vidtrain.data.sources import Sources
+from vidtrain.data.spill import Spill
 from vidtrain.data.transforms import sample as geometry
-from vidtrain.data.transforms.sample import Augment
-from vidtrain.types import Clip, DecodeError, Failure, Sample, UserError, VideoReader
+from vidtrain.data.transforms.sample import Augment, Geometry
+from vidtrain.types import Box, Clip, DecodeError, Failure, Sample, UserError, VideoReader
 
 STAND_INS = 10  # rows tried in place of one that cannot be read, before giving up
 
@@ -26,19 +27,48 @@ class Rows(Protocol):
     """Something that hands out rows by number: a split of a manifest, or a list of files."""
 
     def __len__(self) -> int: ...
-    def row(self, index: int) -> Row: ...
-    def absolute_path(self, row: Row) -> Path: ...
+    def row(self, index: int) -> Row:
+        """Give row `index`."""
+        ...
+
+    def location(self, row: Row) -> str:
+        """Say what messages call the row's video: its file, where it has one of its own."""
+        ...
 
 
 class VideoDataset(Dataset[Sample]):
     """Videos as samples, for training or for testing.
 
-    Training (`augment` given): one random clip, one random crop, ready as `video`. Testing
+    Training (`augment` given): random clips, each with a random crop, ready as `video`. Testing
     (`augment` None): `clips` x `crops` views of which each wanted frame is decoded and sent once.
 
     A video that cannot be read is a `Failure`: in training another row, drawn from the sample's own
     seed, stands in for it; in testing the sample is left without frames.
+
+    Args:
+        rows: what there is.
+        clip: what the model eats.
+        augment: how a training clip is disturbed; None for testing.
+        clips: views in time, of a video under test.
+        crops: views in space, of each of them.
+        short_side: what the shorter side of a frame under test is resized to, in pixels.
+        size: of its crops, in pixels.
+        how: `random` or `segments`.
+        past_end: `hold` or `loop`.
+        region: `[left, top, width, height]`, relative, cut out before everything else.
+        span: `[from, to]`, seconds that count.
+        num_classes: of labels that are sets; None where there is one label a video.
+        on_error: `skip` or `raise`.
+        sources: what opens a row's video; None: plainly, from its file.
+        spill: the folder for frames of a video under test that take more than `spill_above` bytes;
+            None: memory takes any.
+
+    Attributes:
+        watch: told row and path of each video before it is opened.
+        lost: rows that count as unreadable, and why: what a worker died of.
     """
+
+    watch: Callable[[int, str], None] | None = None
 
     def __init__(
         self,
@@ -54,9 +84,11 @@ class VideoDataset(Dataset[Sample]):
         past_end: sampling.PastEnd = "hold",
         region: Sequence[float] | None = None,
         span: Sequence[float] | None = None,
-        decoder: str = "auto",
         num_classes: int | None = None,
         on_error: str = "skip",
+        sources: Sources | None = None,
+        spill: Path | None = None,
+        spill_above: int = 512 << 20,
     ) -> None:
         if how not in ("random", "segments"):
             raise UserError(f"data.sampling is '{how}'; it is random or segments")
@@ -68,10 +100,17 @@ class VideoDataset(Dataset[Sample]):
         self.clips, self.crops = clips, crops
         if span is not None and not (len(span) == 2 and 0 <= span[0] < span[1]):
             raise UserError(f"data.span is {list(span)}; it must be [from, to] in seconds")
-        settings = {"clips": clips, "crops": crops, "short_side": short_side or 1, "size": size or 1}
+        settings = {
+            "clips": clips,
+            "crops": crops,
+            "short_side": short_side or 1,
+            "size": size or 1,
+        }
         for name, number in settings.items():
             if not isinstance(number, int) or number < 1:
-                raise UserError(f"views.{name} is {number!r}; it must be a whole number, at least 1")
+                raise UserError(
+                    f"views.{name} is {number!r}; it must be a whole number, at least 1"
+                )
         self.size = size or clip.size
         self.short_side = short_side or self.size
         if self.size > self.short_side:
@@ -80,7 +119,10 @@ class VideoDataset(Dataset[Sample]):
             )
         self.how, self.past_end = how, past_end
         self.region, self.span = region, span
-        self.decoder, self.num_classes, self.on_error = decoder, num_classes, on_error
+        self.num_classes, self.on_error = num_classes, on_error
+        self.sources = sources or Sources()
+        self.spill, self.spill_above = spill, spill_above
+        self.lost: dict[int, str] = {}
 
     def __len__(self) -> int:
         """Count the rows."""
@@ -89,20 +131,21 @@ class VideoDataset(Dataset[Sample]):
     def __getitem__(self, key: Key) -> Sample:
         """Load row `key[0]` with the random draws of seed `key[1]`."""
         index, seed = key
-        rng = np.random.default_rng(seed)
         failures: list[Failure] = []
-        for _ in range(STAND_INS):
+        for attempt in range(STAND_INS):
+            # Anew for each, so that what is drawn does not depend on how far the last one came.
+            rng = np.random.default_rng([seed, attempt])
             row = self.rows.row(index)
-            path = self.rows.absolute_path(row)
+            name = self.rows.location(row)
             try:
-                sample = self.load(path, row, rng)
+                sample = self.load(index, row, name, rng)
             except DecodeError as error:
                 if self.on_error == "raise":
                     raise UserError(f"{error} (data.on_error=skip would go on without)") from None
-                failures.append(Failure(index, str(path), error.reason))
+                failures.append(Failure(index, name, error.reason))
                 if self.augment is None:
                     return {"index": index, "seed": seed, "failures": failures}
-                index = int(rng.integers(len(self)))
+                index = int(np.random.default_rng([attempt, seed]).integers(len(self)))
                 continue
             sample["index"], sample["seed"] = index, seed
             sample["failures"] = failures
@@ -122,17 +165,22 @@ class VideoDataset(Dataset[Sample]):
         many[list(row.labels)] = 1
         return many
 
-    def load(self, path: Path, row: Row, rng: np.random.Generator) -> Sample:
+    def load(self, index: int, row: Row, name: str, rng: np.random.Generator) -> Sample:
         """Open, choose, decode, crop.
 
         Raises:
             DecodeError: naming the file and the reason.
         """
-        with open_video(path, self.decoder) as reader:
+        if self.watch is not None:
+            self.watch(index, name)
+        if index in self.lost:
+            raise DecodeError(name, self.lost[index])
+        with self.sources.open(name, row) as reader:
             first, length = stretch(reader, row, self.span)
             if self.augment is not None:
-                indices = first + self.choose(length, reader.fps, 1, rng)
-                sample: Sample = {"video": self.training_view(reader, indices, self.augment, rng)}
+                count = self.augment.repeats
+                indices = first + self.choose(length, reader.fps, count, rng)
+                sample: Sample = {"video": self.training_views(reader, indices, self.augment, rng)}
             else:
                 indices = first + self.choose(length, reader.fps, self.clips, None)
                 sample = self.testing_views(reader, indices)
@@ -156,40 +204,89 @@ class VideoDataset(Dataset[Sample]):
             return sampling.uniform_clips(length, count, step, views, self.past_end)
         return sampling.random_clips(length, count, step, views, rng, self.past_end)
 
-    def training_view(
+    def training_views(
         self,
         reader: VideoReader,
         indices: sampling.Indices,
         augment: Augment,
         rng: np.random.Generator,
     ) -> Tensor:
-        """Decode one clip and crop it at random: `(1, T, C, H, W)` uint8."""
-        top, left, height, width = self.region_of(reader)
-        box = geometry.random_geometry(height, width, self.size, augment, rng)
-        frames = reader.frames(indices[0].tolist())
-        frames = frames[..., top : top + height, left : left + width]
-        return geometry.crop(frames, box, self.size)[None]
+        """Decode once, crop each clip at random: `(V, T, C, H, W)` uint8."""
+        wanted, position = np.unique(indices, return_inverse=True)
+        boxes: list[Geometry] = []
+
+        def choose(height: int, width: int) -> Box:
+            """Draw a box for each view; only what lies in one of them is converted."""
+            top, left, h, w = self.region_of(height, width)
+            boxes[:] = [
+                box.moved(top, left)
+                for box in (
+                    geometry.random_geometry(h, w, self.size, augment, rng) for _ in indices
+                )
+            ]
+            return geometry.around(boxes)
+
+        pieces = reader.pieces(wanted.tolist(), choose)
+        if len(indices) == 1:  # pieces are no larger than the box, and need not stay
+            cropped = [
+                geometry.crop(piece, boxes[0]._replace(top=0, left=0), self.size)
+                for piece in pieces
+            ]
+            return gathered(cropped, position.reshape(1, -1))
+        frames = list(pieces)
+        top, left, *_ = geometry.around(boxes)
+        clips = [
+            geometry.crop(gathered(frames, places), box.moved(-top, -left), self.size)
+            for places, box in zip(position.reshape(indices.shape), boxes, strict=True)
+        ]
+        return torch.stack(clips)
 
     def testing_views(self, reader: VideoReader, indices: sampling.Indices) -> Sample:
         """Decode every wanted frame once; say which frames and which crop make each view."""
         wanted, position = np.unique(indices, return_inverse=True)
-        top, left, height, width = self.region_of(reader)
-        frames = reader.frames(wanted.tolist())[..., top : top + height, left : left + width]
-        frames = geometry.resize(frames, *geometry.short_side_size(height, width, self.short_side))
-        places = geometry.spread_crops(frames.shape[-2], frames.shape[-1], self.size, self.crops)
+        frames: Tensor | Spill | None = None
+        done = 0
+        for piece in reader.pieces(wanted.tolist(), self.region_of):
+            height, width = piece.shape[-2:]
+            height, width = geometry.short_side_size(height, width, self.short_side)
+            piece = geometry.resize(piece, height, width)
+            if frames is None:
+                if len(piece) == len(wanted):
+                    frames = piece
+                    break
+                frames = self.room((len(wanted), height, width, 3))
+            memory = frames.tensor if isinstance(frames, Spill) else frames
+            memory[done : done + len(piece)] = piece
+            done += len(piece)
+        assert frames is not None
+        places = geometry.spread_crops(height, width, self.size, self.crops)
         # View v is clip v // crops, crop v % crops.
         view_frames = torch.from_numpy(position.reshape(indices.shape))
         return {
-            "frames": frames,
+            "frames": frames,  # type: ignore[typeddict-item]  # or a Spill
             "view_frames": view_frames.repeat_interleave(self.crops, 0),
-            "view_crops": torch.tensor([(*place, self.size) for place in places] * len(indices)),
+            "view_crops": np.array([(*place, self.size) for place in places] * len(indices)),
         }
 
-    def region_of(self, reader: VideoReader) -> tuple[int, int, int, int]:
+    def room(self, shape: tuple[int, int, int, int]) -> Tensor | Spill:
+        """Make room for `(N, H, W, C)` bytes, as `(N, C, H, W)`."""
+        if self.spill is not None and np.prod(shape) > self.spill_above:
+            return Spill(shape, self.spill)
+        return torch.empty(shape, dtype=torch.uint8).permute(0, 3, 1, 2)
+
+    def region_of(self, height: int, width: int) -> Box:
         """Top, left, height and width of the part that counts, in pixels."""
         if self.region is None:
-            return 0, 0, reader.height, reader.width
-        return geometry.region_box(self.region, reader.height, reader.width)
+            return 0, 0, height, width
+        return geometry.region_box(self.region, height, width)
+
+
+def gathered(pieces: Sequence[Tensor], places: np.ndarray) -> Tensor:
+    """Take frames, `(..., C, H, W)` with C innermost in memory, by an array of their places."""
+    frames = torch.cat([piece.permute(0, 2, 3, 1) for piece in pieces])
+    if not np.array_equal(places.ravel(), np.arange(len(frames))):
+        frames = frames[torch.from_numpy(places.ravel())]
+    return frames.view(*places.shape, *frames.shape[1:]).movedim(-1, -3)
 
 
 def stretch(reader: VideoReader, row: Row, span: Sequence[float] | None) -> tuple[int, int]:

@@ -5,8 +5,10 @@ every worker. Mapped, they cost each process the pages it touches; a worker is s
 
 Columns: `path` (string, relative to the root, "/" between its parts), `labels` (list of class
 numbers), `split` (dictionary), and where known `start`, `end` (seconds), `group` (string) and any
-other that a prepare function adds. The schema's metadata hold what is true of the whole: class
-names, the counts that the dataset's authors state, notes for the user, root, name, fingerprint.
+other that a prepare function adds. A packed dataset has `shard` (dictionary), `offset` and `size`
+too: where in which tar file of the root the video's bytes lie. The schema's metadata hold what is
+true of the whole: class names, the counts that the dataset's authors state, notes for the user,
+root, name, fingerprint.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +36,16 @@ FORMAT = 1  # of the file; raised when older files can no longer be read
 MAX_CLASSES = 32_767  # labels are int16
 KEY = b"vidtrain"  # of our metadata in the schema
 OUTSIDE = re.compile(r"^/|(^|/)\.\.(/|$)|\x00")  # paths that could leave their root
+# Nothing that a file system or a URL could take for more than a name: no "/", ":", "%" or "?".
+SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")  # of the whole name
+
+
+class Place(NamedTuple):
+    """Where a packed video lies: `size` bytes from `offset` on in the root's file `shard`."""
+
+    shard: str
+    offset: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -46,6 +58,7 @@ class Row:
     end: float | None
     split: str
     group: str | None  # videos of one group never lie on both sides of a split
+    place: Place | None = None  # of its bytes, when it lies in a shard and not in a file of its own
 
 
 @dataclass
@@ -56,6 +69,7 @@ class Annotations:
     label_names: list[str]  # position = class number
     official: dict[str, int] = field(default_factory=dict)  # videos a split, by the authors
     notes: list[str] = field(default_factory=list)  # what the user should be told
+    version: str = ""  # of packed bytes: with another one, others may lie at the same places
 
 
 def make_rows(
@@ -73,7 +87,7 @@ def make_rows(
         for name, column in (("start", start), ("end", end), ("group", group))
         if column is not None
     }
-    return _typed(pa.table({name: _array(name, column) for name, column in columns.items()}))
+    return typed(pa.table({name: _array(name, column) for name, column in columns.items()}))
 
 
 def single_labels(numbers: pa.Array) -> pa.Array:
@@ -86,29 +100,35 @@ def single_labels(numbers: pa.Array) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets), values.cast(pa.int32()))
 
 
-def save(annotations: Annotations, path: Path, name: str, root: Path) -> None:
+def is_url(root: str | Path) -> bool:
+    """Tell `s3://bucket/videos` from a folder."""
+    return "://" in str(root)
+
+
+def save(annotations: Annotations, path: Path, name: str, root: Path | str) -> None:
     """Write a manifest; readers see the old file or the new one, never a part.
 
     Args:
         annotations: of which `rows` needs the columns `path`, `labels` and `split`.
         path: the Arrow file; its folder is made.
         name: of the dataset, for messages and reports.
-        root: the folder that the rows' paths are relative to.
+        root: the folder that the rows' paths are relative to, or the URL that their shards lie at.
 
     Raises:
-        UserError: no rows, a label without a name, a path that leaves the root, or `path` cannot
-            be written.
+        UserError: no rows, a label without a name, a path or shard that leaves the root, or `path`
+            cannot be written.
     """
-    rows = _typed(annotations.rows)
+    rows = typed(annotations.rows)
     _check(rows, annotations.label_names, name, root)
     header = {
         "format": FORMAT,
         "version": __version__,
         "name": name,
-        "root": os.path.abspath(root),
+        "root": str(root).rstrip("/") if is_url(root) else os.path.abspath(root),
         "label_names": annotations.label_names,
         "official": annotations.official,
         "notes": annotations.notes,
+        "packed": annotations.version,
         "fingerprint": fingerprint(rows, annotations.label_names),
     }
     rows = rows.replace_schema_metadata({KEY: json.dumps(header).encode()})
@@ -120,7 +140,9 @@ def save(annotations: Annotations, path: Path, name: str, root: Path) -> None:
             writer.write_batch(rows.combine_chunks().to_batches()[0])
         os.replace(part, path)
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error}); name another data.cache") from None
+        raise UserError(
+            f"{path} cannot be written ({error}); name another data.cache_dir"
+        ) from None
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
@@ -164,9 +186,9 @@ class Manifest:
         return str(self._open()[1]["name"])
 
     @property
-    def root(self) -> Path:
-        """The folder that paths are relative to."""
-        return Path(self._open()[1]["root"])
+    def root(self) -> str:
+        """The folder that paths are relative to, absolute, or the URL that the shards lie at."""
+        return str(self._open()[1]["root"])
 
     @property
     def label_names(self) -> list[str]:
@@ -182,6 +204,16 @@ class Manifest:
     def notes(self) -> list[str]:
         """What the user should be told about how the manifest came to be."""
         return list(self._open()[1]["notes"])
+
+    @property
+    def is_packed(self) -> bool:
+        """Say whether the videos lie in shards: then every row has a place."""
+        return "shard" in self._open()[0]
+
+    @property
+    def packed_version(self) -> str:
+        """What the bytes in the shards were made of, as a hash; empty where nothing is packed."""
+        return str(self._open()[1].get("packed", ""))
 
     @property
     def fingerprint(self) -> str:
@@ -205,9 +237,11 @@ class Manifest:
             for name in ("start", "end", "group")
         )
         labels = tuple(columns["labels"][i].as_py())
-        return Row(
-            columns["path"][i].as_py(), labels, start, end, columns["split"][i].as_py(), group
-        )
+        split = columns["split"][i].as_py()
+        place = None
+        if "shard" in columns:
+            place = Place(*(columns[name][i].as_py() for name in Place._fields))
+        return Row(columns["path"][i].as_py(), labels, start, end, split, group, place)
 
     def split(self, name: str) -> np.ndarray:
         """Give the row numbers of a split, int64, ascending; none when there is no such split."""
@@ -231,17 +265,27 @@ class Manifest:
         return np.bincount(values, minlength=len(self._open()[1]["label_names"]))
 
     def absolute_path(self, row: Row) -> Path:
-        """Say where a row's video lies.
+        """Say which file a row's video is.
 
         Only the path's own parts are looked at: a symbolic link below the root may point anywhere,
         since it is the user who put it there.
 
         Raises:
-            UserError: the path would leave the root.
+            UserError: the path would leave the root, or the video is not a file but packed.
         """
+        if row.place is not None or is_url(self.root):
+            raise UserError(
+                f"{row.path} is no file of its own: {self.name} is packed, in {self.root}"
+            )
         if OUTSIDE.search(row.path):
             raise UserError(f"{self.path}: '{row.path}' lies outside the root {self.root}")
-        return self.root / row.path
+        return Path(self.root, row.path)
+
+    def location(self, row: Row) -> str:
+        """Name a row's video for messages: its file, or `ROOT/SHARD:PATH` where it is packed."""
+        if row.place is None:
+            return str(self.absolute_path(row))
+        return f"{self.root}/{row.place.shard}:{row.path}"
 
     def _in_split(self, name: str) -> np.ndarray:
         column = self._open()[0]["split"]
@@ -263,9 +307,7 @@ def export(manifest: Manifest, path: Path) -> None:
         UserError: another ending.
     """
     table = manifest.table
-    names = pa.array(manifest.label_names, pa.string())
-    lists = table["labels"].combine_chunks()
-    labels = pa.ListArray.from_arrays(lists.offsets, names.take(lists.values))
+    labels = class_names(table["labels"], manifest.label_names)
     at = table.column_names.index("labels")
     table = table.set_column(at, "label", labels).replace_schema_metadata()
     if path.suffix == ".parquet":
@@ -283,8 +325,19 @@ def export(manifest: Manifest, path: Path) -> None:
         raise UserError(f"{path}: a manifest is exported to .parquet or .csv")
 
 
+def class_names(labels: pa.ChunkedArray, label_names: Sequence[str]) -> pa.Array:
+    """Turn lists of class numbers into lists of class names."""
+    lists = labels.combine_chunks()
+    return pa.ListArray.from_arrays(
+        lists.offsets, pa.array(label_names, pa.string()).take(lists.values)
+    )
+
+
 def fingerprint(rows: pa.Table, label_names: Sequence[str]) -> str:
-    """Hash what training sees of a table: paths, labels, splits, pieces and class names."""
+    """Hash what training sees of a table: paths, labels, splits, pieces and class names.
+
+    Not where the bytes lie: a dataset and its packed copy are the same to a run that goes on.
+    """
     digest = hashlib.blake2b(json.dumps(list(label_names)).encode(), digest_size=8)
     for name in ("path", "labels", "split", "start", "end"):
         if name in rows.column_names:
@@ -319,12 +372,17 @@ def _array(name: str, column: Any) -> pa.Array | pa.ChunkedArray:
     return pa.array(column, kinds[name])
 
 
-def _typed(rows: pa.Table) -> pa.Table:
-    """Cast the columns that are ours."""
+def typed(rows: pa.Table) -> pa.Table:
+    """Cast the columns that are ours.
+
+    Raises:
+        pa.ArrowException: values that do not fit.
+    """
     kinds = {"path": pa.string(), "labels": pa.list_(pa.int16()), "group": pa.string()}
     kinds |= {"start": pa.float64(), "end": pa.float64()}
+    kinds |= {"offset": pa.int64(), "size": pa.int64()}
     for at, column in enumerate(rows.column_names):
-        if column == "split" and not pa.types.is_dictionary(rows.schema.field(at).type):
+        if column in ("split", "shard") and not pa.types.is_dictionary(rows.schema.field(at).type):
             # combine_chunks: chunks would each bring a dictionary of their own
             values = rows[column].cast(pa.string()).combine_chunks().dictionary_encode()
             rows = rows.set_column(at, column, values)
@@ -333,10 +391,11 @@ def _typed(rows: pa.Table) -> pa.Table:
     return rows
 
 
-def _check(rows: pa.Table, label_names: list[str], name: str, root: Path) -> None:
+def _check(rows: pa.Table, label_names: list[str], name: str, root: Path | str) -> None:
     if rows.num_rows == 0:
         raise UserError(f"{name}: no video of it lies under {root}")
-    for column in ("path", "labels", "split"):
+    packed = "shard" in rows.column_names
+    for column in ("path", "labels", "split", *(Place._fields if packed else ())):
         if rows[column].null_count:
             raise ValueError(f"{name}: column '{column}' has nulls")  # a bug in a prepare function
     numbers = pc.min_max(pc.list_flatten(rows["labels"])).as_py()
@@ -351,6 +410,17 @@ def _check(rows: pa.Table, label_names: list[str], name: str, root: Path) -> Non
             f"{name}: {len(outside):,} paths leave the root {root}, such as '{outside[0]}';"
             " name a root above all of the videos"
         )
+    if packed:
+        _check_places(rows, name, root)
+
+
+def _check_places(rows: pa.Table, name: str, root: Path | str) -> None:
+    for shard in rows["shard"].unique().to_pylist():
+        if not SHARD_NAME.fullmatch(shard):
+            raise UserError(f"{name}: '{shard}' cannot be the name of a shard in {root}")
+    offset, size = (pc.min_max(rows[column]).as_py()["min"] for column in ("offset", "size"))
+    if offset < 0 or size < 1:
+        raise UserError(f"{name}: no video of {root} can have {size} bytes at offset {offset}")
 
 
 def _read(path: Path) -> tuple[dict[str, pa.Array], dict[str, Any]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import multiprocessing as mp
 import os
 import signal
 from collections.abc import Callable, Sequence
@@ -12,15 +14,20 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
-from torch.utils.data import DataLoader
+from rich.console import Console
 
 from vidtrain.data import manifest
+from vidtrain.data.cache import FrameCache
 from vidtrain.data.collate import collate
 from vidtrain.data.dataset import VideoDataset
 from vidtrain.data.decode import check_decoder
-from vidtrain.data.manifest import Annotations, Manifest, Row
+from vidtrain.data.indices import IndexStore
+from vidtrain.data.loader import Loader
+from vidtrain.data.manifest import Annotations, Manifest, Row, is_url
 from vidtrain.data.order import EvaluationOrder, TrainingOrder
 from vidtrain.data.prepare.splits import carve_validation
+from vidtrain.data.shards import Shards
+from vidtrain.data.sources import Sources
 from vidtrain.data.transforms.device import DeviceTransform
 from vidtrain.data.transforms.sample import Augment
 from vidtrain.types import Clip, UserError
@@ -47,9 +54,9 @@ class Split:
         """Give row `index` of the split."""
         return self.source.row(int(self.numbers[index]))
 
-    def absolute_path(self, row: Row) -> Path:
-        """Say where the row's video lies."""
-        return self.source.absolute_path(row)
+    def location(self, row: Row) -> str:
+        """Say what messages call the row's video: its file, where it has one of its own."""
+        return self.source.location(row)
 
 
 class VideoDataModule(L.LightningDataModule):
@@ -57,7 +64,7 @@ class VideoDataModule(L.LightningDataModule):
 
     Args:
         name: of the dataset, for reports.
-        root: the folder of the videos.
+        root: the folder of the videos, or, of a packed dataset, a URL.
         prepare: called as `prepare()`, reads the dataset's annotation files; runs when there is no
             manifest of these settings yet.
         num_classes: None where only the data can tell (`data=folder`).
@@ -72,7 +79,15 @@ class VideoDataModule(L.LightningDataModule):
         on_error: what a video does that cannot be read: `skip` or `raise`.
         max_failures: share of an epoch (read by a callback).
         shuffle: False repeats the first epoch's order and clips.
-        cache: the folder of the manifests.
+        drop_last: every training batch has `batch_size` clips; what is left over waits.
+        prefetch: batches that each worker makes ahead.
+        time_limit: seconds that one video may take before its worker is replaced.
+        start_method: of the workers: fork, spawn or forkserver; None: the platform's.
+        cache: decoded frames are kept: `none`, `ram` or `disk`.
+        cache_gb: how much of them.
+        shard_cache_gb: how much of a remote dataset is kept on disk.
+        cache_dir: the folder of manifests, frame indices and caches.
+        compile: the device transform, in one kernel; None: on a GPU.
         seed: of orders and random draws.
         split_seed: of splits that are made by chance.
     """
@@ -100,7 +115,15 @@ class VideoDataModule(L.LightningDataModule):
         on_error: str = "skip",
         max_failures: float = 0.1,
         shuffle: bool = True,
-        cache: str = "~/.cache/vidtrain",
+        drop_last: bool = False,
+        prefetch: int = 2,
+        time_limit: float = 300.0,
+        start_method: str | None = None,
+        cache: str = "none",
+        cache_gb: float = 16.0,
+        shard_cache_gb: float = 50.0,
+        cache_dir: str = "~/.cache/vidtrain",
+        compile: bool | None = None,
         seed: int = 0,
         split_seed: int = 0,
     ) -> None:
@@ -109,11 +132,22 @@ class VideoDataModule(L.LightningDataModule):
             ("batch_size", batch_size, 1),
             ("eval_batch_size", 1 if eval_batch_size is None else eval_batch_size, 1),
             ("workers", 0 if workers == "auto" else workers, 0),
+            ("prefetch", prefetch, 1),
         )
         check_decoder(decoder)
+        check_choice("cache", cache, ("none", "ram", "disk"))
+        check_choice("start_method", start_method, (None, *mp.get_all_start_methods()))
+        for key, value in (
+            ("time_limit", time_limit),
+            ("cache_gb", cache_gb),
+            ("shard_cache_gb", shard_cache_gb),
+        ):
+            if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+                raise UserError(f"data.{key} is {value!r}; it must be a number above 0")
         if not 0 <= max_failures <= 1:
             raise UserError(f"data.max_failures is {max_failures}; it is a share, from 0 to 1")
-        self.name, self.root = name, Path(root).expanduser()
+        self.name = name
+        self.root: Path | str = root if is_url(root) else Path(root).expanduser()
         self.prepare, self.num_classes, self.clip = prepare, num_classes, clip
         self.augment = Augment(**{**augment, **({} if hflip else {"hflip": 0.0})})
         self.views = views
@@ -123,21 +157,32 @@ class VideoDataModule(L.LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.workers = default_workers() if workers == "auto" else int(workers)
         self.decoder, self.on_error, self.max_failures = decoder, on_error, max_failures
-        self.shuffle, self.cache, self.seed = shuffle, Path(cache).expanduser(), seed
-        self.transform = DeviceTransform(clip.mean, clip.std, self.augment.color)
+        self.shuffle, self.drop_last, self.seed = shuffle, drop_last, seed
+        self.prefetch, self.time_limit, self.start_method = prefetch, time_limit, start_method
+        self.cache, self.cache_gb, self.shard_cache_gb = cache, cache_gb, shard_cache_gb
+        self.cache_dir = Path(cache_dir).expanduser()
+        self.compile = compile
+        if multi_label and (self.augment.mixup or self.augment.cutmix):
+            raise UserError(
+                "augment.mixup and augment.cutmix are for one label a video; set both to 0"
+            )
         self.start_at = (0, 0)  # epoch and batch; a resumed run sets it
         self.split_seed = split_seed
         self._manifest: Manifest | None = None
+        self._sources: Sources | None = None
+        self._transform: DeviceTransform | None = None
+        self._loaders: list[Loader] = []
 
     def manifest_path(self) -> Path:
         """Name the manifest by everything that decides what is in it."""
         options = getattr(self.prepare, "keywords", {})
-        facts = [str(self.root.resolve()), options, self.val_fraction, self.multi_label, self.split_seed]
+        root = self.root if isinstance(self.root, str) else str(self.root.resolve())
+        facts: list[Any] = [root, options, self.val_fraction, self.multi_label, self.split_seed]
         facts.append(annotation_files(self.root, options))
         digest = hashlib.blake2b(
             json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=8
         ).hexdigest()
-        return self.cache / f"{self.name}-{digest}.arrow"
+        return self.cache_dir / f"{self.name}-{digest}.arrow"
 
     def write_manifest(self) -> Manifest:
         """Read the annotations anew and write the manifest."""
@@ -200,10 +245,73 @@ class VideoDataModule(L.LightningDataModule):
             past_end=self.past_end,  # type: ignore[arg-type]
             region=self.region,
             span=self.span,
-            decoder=self.decoder,
             num_classes=self.num_classes if self.multi_label else None,
             on_error=self.on_error,
+            sources=self.sources,
+            spill=self.cache_dir / "spill",
+            spill_above=self.views["memory"] << 20,
         )
+
+    @property
+    def sources(self) -> Sources:
+        """What opens the videos: decoder, kept indices, cache of frames, shards.
+
+        Raises:
+            UserError: a cache that cannot be had.
+        """
+        if self._sources is None:
+            found = self.manifest
+            store = IndexStore(found.path.with_suffix(".frames"), len(found))
+            shards = None
+            if found.is_packed:
+                shards = Shards(
+                    str(self.root),
+                    self.cache_dir / "shards",
+                    self.shard_cache_gb,
+                    found.fingerprint,
+                )
+            self._sources = Sources(self.decoder, store, self._frame_cache(), shards)
+        return self._sources
+
+    def _frame_cache(self) -> FrameCache | None:
+        if self.cache == "none":
+            return None
+        budget, side = int(self.cache_gb * 1e9), self.cached_short_side()
+        if self.cache == "ram":
+            many = self.trainer is not None and self.trainer.world_size > 1
+            run = str(self.trainer.default_root_dir) if self.trainer and many else None
+            cache = FrameCache.in_ram(budget, side, run)
+        else:
+            cache = FrameCache.on_disk(self.cache_dir, self.name, budget, side, self.decoder)
+        if cache.note:
+            Console(stderr=True).print(f"note: {cache.note}", style="yellow", markup=False)
+        return cache
+
+    def cached_short_side(self) -> int:
+        """Say how large cached frames must be: as large as the largest crop is taken from.
+
+        Crops of a random area are taken from 8/7 of the crop's size, 256 for 224, as is the custom.
+        """
+        widest = 8 / 7 if self.augment.area is not None else (self.augment.scale or (1, 1))[1]
+        side = max(self.clip.size * widest, self.views["short_side"] or self.views["size"] or 0)
+        return math.ceil(side / min(self.region[2:]) if self.region is not None else side)
+
+    @property
+    def transform(self) -> DeviceTransform:
+        """Step 7 of the data's way."""
+        if self._transform is None:
+            augment = self.augment
+            self._transform = DeviceTransform(
+                self.clip.mean,
+                self.clip.std,
+                augment.color,
+                augment.mixup,
+                augment.cutmix,
+                self.num_classes,
+                self.compile,
+                lazily_above=4 * self.views["memory"] << 20,  # four bytes a pixel, not one
+            )
+        return self._transform
 
     def has_split(self, name: str) -> bool:
         """Say whether the dataset has rows of this split."""
@@ -237,28 +345,37 @@ class VideoDataModule(L.LightningDataModule):
     def _rank(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    def _loader(self, dataset: VideoDataset, order: Any) -> DataLoader[Any]:
-        return DataLoader(
+    def _loader(self, dataset: VideoDataset, order: Any) -> Loader:
+        loader = Loader(
             dataset,
-            batch_sampler=order,
-            num_workers=self.workers,
-            collate_fn=collate,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.workers > 0,
-            worker_init_fn=start_worker,
-            # Its own generator: a loader that drew from the global one would shift every draw of a
-            # run that goes on at an epoch's start.
-            generator=torch.Generator().manual_seed(self.seed),
+            order,
+            collate,
+            workers=self.workers,
+            pin=torch.cuda.is_available(),
+            prefetch=self.prefetch,
+            time_limit=self.time_limit,
+            start_method=self.start_method,
+            worker_init=start_worker,
         )
+        self._loaders.append(loader)
+        return loader
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def teardown(self, stage: str) -> None:
+        """End the workers."""
+        for loader in self._loaders:
+            loader.close()
+        self._loaders.clear()
+
+    def train_dataloader(self) -> Loader:
         """Random clips of the training split, an order of its own each epoch."""
         dataset = self.dataset(self.split_of("train"), training=True)
-        order = TrainingOrder(len(dataset), self.batch_size, self.seed, *self._rank(), self.shuffle)
+        order = TrainingOrder(
+            len(dataset), self.batch_size, self.seed, *self._rank(), self.shuffle, self.drop_last
+        )
         order.epoch, order.start = self.start_at
         return self._loader(dataset, order)
 
-    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+    def val_dataloader(self) -> Loader | list[Any]:
         """The middle clip of each validation video; nothing where there are none."""
         if not self.has_split("val"):
             return []
@@ -266,7 +383,7 @@ class VideoDataModule(L.LightningDataModule):
         size = self.eval_batch_size or self.batch_size
         return self._loader(dataset, EvaluationOrder(len(dataset), size, *self._rank()))
 
-    def test_dataloader(self) -> DataLoader[Any]:
+    def test_dataloader(self) -> Loader:
         """All views of each test video."""
         dataset = self.dataset(self.split_of(self.test_split), test_views=True)
         size = self.eval_batch_size or 1
@@ -287,6 +404,13 @@ def check_numbers(*settings: tuple[str, Any, int]) -> None:
     for key, value, least in settings:
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise UserError(f"data.{key} is {value!r}; it must be a whole number, at least {least}")
+
+
+def check_choice(key: str, value: Any, choices: Sequence[Any]) -> None:
+    """Refuse a setting that is none of these."""
+    if value not in choices:
+        there = ", ".join("null" if choice is None else str(choice) for choice in choices)
+        raise UserError(f"data.{key} is {value!r}; it is one of {there}")
 
 
 def default_workers() -> int:

@@ -15,11 +15,21 @@ Key = tuple[int, int]  # the row of the split, and the seed of its random draws
 
 
 class TrainingOrder(Sampler[list[Key]]):
-    """Batches of a shuffled epoch, dealt out to the ranks; each rank has as many as the others.
+    """Batches of a shuffled epoch, dealt out to the ranks: every row once, as many batches a rank.
 
-    The last rows that do not fill a batch on every rank wait for the next epoch's shuffle, unless
-    there is not even one full batch. Without `shuffle` every epoch is the first one again, to the
-    clip: what learning by heart is tried on.
+    Rows that do not fill a last batch make all batches a little smaller instead: no rank has fewer
+    than the others and would leave them waiting, and none has one of a single row. Without
+    `shuffle` every epoch is the first one again, to the clip: what learning by heart is tried on.
+
+    Args:
+        rows: how many there are.
+        batch_size: of one rank, at most.
+        seed: of shuffles and of the samples' random draws.
+        rank: this one.
+        world: how many ranks there are.
+        shuffle: anew each epoch.
+        drop_last: make every batch `batch_size` large, and let the rows that are left over wait for
+            the next epoch's shuffle.
 
     Attributes:
         epoch: which shuffle.
@@ -27,10 +37,18 @@ class TrainingOrder(Sampler[list[Key]]):
     """
 
     def __init__(
-        self, rows: int, batch_size: int, seed: int, rank: int, world: int, shuffle: bool = True
+        self,
+        rows: int,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world: int,
+        shuffle: bool = True,
+        drop_last: bool = False,
     ) -> None:
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
         self.rank, self.world, self.shuffle = rank, world, shuffle
+        self.drop_last = drop_last
         self.epoch = 0
         self.start = 0
 
@@ -45,19 +63,27 @@ class TrainingOrder(Sampler[list[Key]]):
 
     def __len__(self) -> int:
         """Count a rank's batches in a whole epoch, wherever it starts."""
-        return max(1, self.rows // (self.batch_size * self.world)) if self.rows else 0
+        if not self.rows:
+            return 0
+        together = self.batch_size * self.world
+        if self.drop_last:
+            return max(1, self.rows // together)
+        # with batches of one row there may be too few left for every rank to have another
+        return max(1, min(-(-self.rows // together), self.rows // self.world))
 
     def __iter__(self) -> Iterator[list[Key]]:
         start, self.start = self.start, 0
+        count = len(self)
         rng = np.random.default_rng([self.seed, self.epoch if self.shuffle else 0])
         order = rng.permutation(self.rows)
         seeds = rng.integers(2**62, size=self.rows)
-        share = order[self.rank :: self.world]
-        if not len(share):  # fewer rows than ranks: nobody may wait for a rank without a batch
-            share = order[:1]
-        for batch in range(start, len(self)):
-            rows = share[batch * self.batch_size : (batch + 1) * self.batch_size]
-            yield [(int(row), int(seeds[row])) for row in rows]
+        used = min(self.rows, count * self.batch_size * self.world)
+        edges = np.arange(count + 1) * used // count if count else np.zeros(1, int)
+        for batch in range(start, count):
+            rows = order[edges[batch] + self.rank : edges[batch + 1] : self.world]
+            if not len(rows):  # fewer rows than ranks: nobody may wait for a rank without a batch
+                rows = order[:1]
+            yield list(zip(rows.tolist(), seeds[rows].tolist(), strict=True))
 
 
 class EvaluationOrder(Sampler[list[Key]]):

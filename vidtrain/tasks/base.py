@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
+from vidtrain.types import Views
+
 
 class StepOutput(NamedTuple):
     """What a task makes of a batch."""
@@ -56,6 +58,12 @@ class VideoTask(L.LightningModule):
         """Run the network over all views: `(B, V, C, T, H, W) -> (B, V, K)`."""
         weights = next(self.model.parameters(), None)
         dtype = torch.float32 if weights is None else weights.dtype  # bf16-true: the net's own
+        video = batch["video"]
+        if isinstance(video, Views):
+            made = video.pieces(self.views_per_forward)
+            return torch.cat([self.model(part.to(dtype)) for part in made]).unflatten(
+                0, video.shape[:2]
+            )
         inputs = [batch[key].to(dtype) for key in self.model.inputs]  # type: ignore[union-attr]
         views = inputs[0].shape[:2]
         flat = [tensor.flatten(0, 1) for tensor in inputs]  # (B·V, C, T, H, W)

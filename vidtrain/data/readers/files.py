@@ -16,6 +16,16 @@ KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
 }
+# What libav may take a file for, by libav's names: what holds pictures or sound of its own, and
+# nothing that makes it read other files (hls, concat, dash, image2 ...) or paint text (tty).
+FORMATS = (
+    *("mov", "matroska", "avi", "flv", "live_flv", "asf", "ogg", "rm", "wtv", "nut", "mxf", "gxf"),
+    *("mpeg", "mpegts", "mpegvideo", "m4v", "h261", "h263", "h264", "hevc", "vvc", "av1", "obu"),
+    *("ivf", "dv", "vc1", "vc1test", "dirac", "cavsvideo", "mjpeg", "mpjpeg", "yuv4mpegpipe"),
+    *("gif", "apng", "nsv", "swf", "flic", "smk", "bink", "roq", "amv", "dhav", "nuv", "r3d"),
+    *("jpeg_pipe", "png_pipe", "bmp_pipe", "webp_pipe", "tiff_pipe"),
+    *("wav", "w64", "aiff", "au", "caf", "mp3", "aac", "ac3", "eac3", "dts", "flac", "ape", "wv"),
+)
 BOXES = {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"moof", b"styp", b"sidx"}
 
 
@@ -70,7 +80,7 @@ def _explain(file: BinaryIO, error: Exception) -> str:
         text = head[: broken.start].decode("utf-8") if broken.start > len(head) - 4 else "\0"
     if all(letter.isprintable() or letter in "\r\n\t\f\ufeff" for letter in text):
         return f"not a video but text: {' '.join(text[:40].split())!r}"
-    return f"not a video, or damaged at its beginning ({_words(error)})"
+    return f"not a video, or damaged or cut off near its beginning ({_words(error)})"
 
 
 def _boxes(file: BinaryIO) -> tuple[list[bytes], bool]:

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from vidtrain.types import VideoReader
 
 ChooseBox = Callable[[int, int], Box]  # told height and width
-PIECE = 64 << 20  # bytes of frames that are in memory at a time
+# Bytes of frames that are converted, or handed over, at a time. Where these are more, the processor's
+# cache does not hold them, and every one goes into memory that was never touched: four times slower.
+PIECE = 4 << 20
 
 
 def room(height: int, width: int) -> int:

@@ -29,7 +29,7 @@ from vidtrain.data.readers.sheet import UNTURNED, Sheet, to_rgb
 from vidtrain.types import DecodeError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterator, Sequence
 
     from torch import Tensor
 
@@ -88,6 +88,7 @@ class PyAVReader:
         """
         self.path = name or (source if isinstance(source, str) else "<bytes>")
         self._source = source
+        self._reading: Generator[av.Packet, None, None] | None = None
         self._played = False  # decoded from end to end
         self._plain = False  # read from the beginning each time, since the index did not hold
         # an mp4 file says all that is needed before its first packet
@@ -125,6 +126,7 @@ class PyAVReader:
         """Give back the file."""
         # container and streams refer to each other: let go of one side, or only the garbage
         # collector frees them
+        self._stop_reading()
         self._stream = self._codec = None
         if self._container is not None:
             self._container.close()
@@ -154,12 +156,18 @@ class PyAVReader:
 
         indices = [operator.index(index) for index in indices]
         wanted = sorted(set(indices))
-        pieces = list(self._collect(wanted, len(wanted)))
-        pictures = pieces[0] if pieces else np.empty((0, self.height, self.width, 3), np.uint8)
+        pictures, done = np.empty((0, 0, 0, 3), np.uint8), 0
+        for piece in self._collect(wanted):
+            if not done:
+                pictures = np.empty((len(wanted), *piece.shape[1:]), np.uint8)
+            pictures[done : done + len(piece)] = piece
+            done += len(piece)
+        if not done:
+            pictures = np.empty((0, self.height, self.width, 3), np.uint8)
         if indices != wanted:
             row = {rank: row for row, rank in enumerate(wanted)}
             pictures = pictures[[row[index] for index in indices]]
-        return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2)
+        return torch.from_numpy(pictures).permute(0, 3, 1, 2)
 
     def pieces(self, indices: Sequence[int], choose: ChooseBox | None = None) -> Iterator[Tensor]:
         """Decode frames in one pass and hand them over a piece at a time.
@@ -170,7 +178,7 @@ class PyAVReader:
                 is wanted: top, left, height, width. The rest is not even converted.
 
         Yields:
-            `(n, C, h, w)` uint8 RGB with C innermost in memory, as many frames as fit in 64 MiB.
+            `(n, C, h, w)` uint8 RGB with C innermost in memory, as many frames as fit in 4 MiB.
 
         Raises:
             DecodeError: a frame that cannot be had, and why.
@@ -181,13 +189,11 @@ class PyAVReader:
         wanted = [operator.index(index) for index in indices]
         if any(a >= b for a, b in itertools.pairwise(wanted)):
             raise ValueError("pieces come in ascending order, each frame once")
-        for pictures in self._collect(wanted, None, choose):
+        for pictures in self._collect(wanted, choose):
             yield torch.from_numpy(pictures).permute(0, 3, 1, 2)
 
-    def _collect(
-        self, wanted: list[int], at_once: int | None, choose: ChooseBox | None = None
-    ) -> Iterator[np.ndarray]:
-        """Convert frames to `(n, h, w, 3)`, at most `at_once` of them, or 64 MiB, at a time."""
+    def _collect(self, wanted: list[int], choose: ChooseBox | None = None) -> Iterator[np.ndarray]:
+        """Convert frames to `(n, h, w, 3)`, a piece at a time."""
         for rank in wanted[:1] + wanted[-1:]:
             if not 0 <= rank < len(self):
                 raise IndexError(f"{self.path}: frame {rank} asked of {len(self)}")
@@ -199,7 +205,7 @@ class PyAVReader:
                 width, height = self._shown_size()
                 box = choose(height, width) if choose else (0, 0, height, width)
             if sheet is None:
-                count = min(at_once or room(*box[2:]), len(wanted) - done)
+                count = min(room(*box[2:]), len(wanted) - done)
                 plain = self.index.turn == UNTURNED
                 plain &= (frame.width, frame.height) == self._stored_size
                 sheet = Sheet(count, box, frame if plain else None)
@@ -417,7 +423,7 @@ class PyAVReader:
         if self._seekable and not (start == 0 and self._fresh):
             try:
                 self._container.seek(int(self.index.seek[start]), stream=self._stream)
-                packets = self._container.demux(self._stream)
+                packets = self._demux()
                 packet = next(packets)
                 places = np.flatnonzero(self.index.pos == packet.pos)
             except (StopIteration, TypeError, *LIBAV_ERRORS):
@@ -429,7 +435,19 @@ class PyAVReader:
             self.close()
             self._open()
         self._fresh = False
-        return 0, self._container.demux(self._stream)
+        return 0, self._demux()
+
+    def _demux(self) -> Iterator[av.Packet]:
+        """Begin to read packets where the file is at; whoever read before is done."""
+        self._stop_reading()
+        self._reading = self._container.demux(self._stream)
+        return self._reading
+
+    def _stop_reading(self) -> None:
+        # PyAV's generators lose some 200 bytes for good where they are let go of half way unclosed
+        if self._reading is not None:
+            self._reading.close()
+            self._reading = None
 
     def _rank_of(self, frame: av.VideoFrame) -> int:
         place = frame.pts
@@ -473,7 +491,7 @@ class PyAVReader:
         self.close()
         self._open()
         self._fresh = False
-        packets = self._container.demux(self._stream)
+        packets = self._demux()
         place = 0
         while stop is None or place <= stop:
             try:

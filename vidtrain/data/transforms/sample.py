@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vidtrain.types import UserError
+from vidtrain.types import Box, UserError
 
 
 class Geometry(NamedTuple):
@@ -28,6 +28,10 @@ class Geometry(NamedTuple):
     width: int
     flip: bool
 
+    def moved(self, down: int, right: int) -> Geometry:
+        """Give the same box seen from elsewhere."""
+        return self._replace(top=self.top + down, left=self.left + right)
+
 
 @dataclass(frozen=True)
 class Augment:
@@ -38,6 +42,9 @@ class Augment:
     ratio: Sequence[float] = (0.75, 4 / 3)
     hflip: float = 0.0
     color: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    repeats: int = 1
 
     def __post_init__(self) -> None:
         """Refuse knobs that cannot be turned that way."""
@@ -53,6 +60,13 @@ class Augment:
                 raise UserError(
                     f"augment.{name} is {list(span)}; it must be [from, to] within [{low}, {high}]"
                 )
+        for name in ("mixup", "cutmix"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"augment.{name} is {getattr(self, name)}; it must be at least 0")
+        if not isinstance(self.repeats, int) or self.repeats < 1:
+            raise UserError(
+                f"augment.repeats is {self.repeats!r}; it must be a whole number, at least 1"
+            )
         for name in ("hflip", "color"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(
@@ -67,7 +81,9 @@ def region_box(region: Sequence[float], height: int, width: int) -> tuple[int, i
         UserError: the region is not inside the frame.
     """
     if not isinstance(region, Sequence) or len(region) != 4:
-        raise UserError(f"data.region is {region!r}; it must be [left, top, width, height], inside 0 to 1")
+        raise UserError(
+            f"data.region is {region!r}; it must be [left, top, width, height], inside 0 to 1"
+        )
     left, top, w, h = region
     if min(left, top) < 0 or min(w, h) <= 0 or left + w > 1 + 1e-9 or top + h > 1 + 1e-9:
         raise UserError(
@@ -107,6 +123,14 @@ def random_geometry(
         left = int(rng.integers(width - side + 1))
         return Geometry(top, left, side, side, flip)
     return Geometry((height - side) // 2, (width - side) // 2, side, side, flip)
+
+
+def around(boxes: Sequence[Geometry]) -> Box:
+    """Give the smallest box that holds them all: top, left, height, width."""
+    top, left = min(box.top for box in boxes), min(box.left for box in boxes)
+    bottom = max(box.top + box.height for box in boxes)
+    right = max(box.left + box.width for box in boxes)
+    return top, left, bottom - top, right - left
 
 
 def resize(frames: Tensor, height: int, width: int) -> Tensor:

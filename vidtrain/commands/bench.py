@@ -1,0 +1,628 @@
+"""`vidtrain bench`: where the time of a training clip goes, which part limits, what to change.
+
+Each part is measured by itself on the user's data and machine, then all of them together. Nothing
+is written but the caches that training would write.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import lightning.pytorch as L
+import numpy as np
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from omegaconf import open_dict
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from vidtrain import build, config
+from vidtrain.commands.train import quieten
+from vidtrain.data.cache import SHARE_OF_DISK, SHARE_OF_MEMORY, CachedReader
+from vidtrain.data.module import cores
+from vidtrain.data.sources import Sources
+from vidtrain.data.transforms.sample import short_side_size
+from vidtrain.types import Failure, UserError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from vidtrain.data.loader import Loader
+    from vidtrain.data.module import VideoDataModule
+    from vidtrain.data.readers.index import FrameIndex
+    from vidtrain.tasks.base import VideoTask
+
+FORMATS = ("table", "json")
+KEYINT = 32  # frames from keyframe to keyframe in a file made for training
+WORTH_IT = 1.05  # times the clips a second; two runs differ by as much
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What was measured, and on what; times are milliseconds a clip."""
+
+    decode_ms: float  # CPU time of one thread: open, decode and convert the wanted frames
+    storage_ms: float  # that this thread waits for files
+    worker_ms: float  # CPU time of one thread: the whole sample
+    auto_worker_ms: float | None  # the same with decoder=auto, where it is another
+    loader_ms: float  # time, with all workers and nobody to wait for
+    transfer_ms: float | None  # None: there is no device to move to
+    device_ms: float  # device transform
+    model_ms: float  # forward, backward, optimizer
+    together_ms: float  # loader to optimizer, as in training
+    data_wait: float  # share of that in which there was no batch
+    batch_clips: int
+    workers: int
+    cores: int  # for the workers of one device
+    repeats: int  # clips of a video for one decode
+    decoder: str
+    cache: str
+    samples: int  # that decode_ms and worker_ms are means of
+    index_known: float  # share of them whose frame index was known
+    from_cache: float  # share of them that came out of the cache of frames
+    short_side: float  # pixels, median
+    frames_wanted: float  # of a video
+    frames_decoded: float | None  # for them; None: not known
+    frames_decoded_resized: float | None  # were there a keyframe every KEYINT frames
+    needed_side: int  # pixels that training needs the short side to have
+    set_gb: float  # of all frames for training and validation at that size, about
+    cache_gb: float  # that a cache may take
+    ram_gb: float  # that there is room for in memory
+    disk_gb: float  # ... and on disk
+    failures: list[Failure]
+
+    @property
+    def step_ms(self) -> float:
+        """What the device takes for one clip."""
+        return (self.transfer_ms or 0.0) + self.device_ms + self.model_ms
+
+    @property
+    def limits(self) -> str:
+        """`data` or `model`."""
+        return "data" if self.loader_ms > self.step_ms else "model"
+
+    @property
+    def efficiency(self) -> float:
+        """What the loader delivers, as a share of what its workers would with a core each."""
+        return (self.worker_ms + self.storage_ms) / (self.loader_ms * max(1, self.workers))
+
+
+class Advice(NamedTuple):
+    """A change, why, and how many times the clips a second to expect of it (None: not known)."""
+
+    change: str
+    why: str
+    gain: float | None
+
+
+def main(cfg: DictConfig) -> None:
+    """Measure; print a table with advice, or everything as one JSON object.
+
+    Raises:
+        UserError: a wrong setting, or no labelled training videos.
+    """
+    seconds = cfg.seconds
+    if cfg.format not in FORMATS:
+        raise UserError(f"format is '{cfg.format}'; it must be one of {', '.join(FORMATS)}")
+    if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not seconds > 0:
+        raise UserError(f"seconds is {seconds!r}; it must be a number, more than 0")
+    quieten()
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    build.check_optim(cfg)
+    data = build.data(cfg)
+    if cfg.data.num_classes is None:
+        with open_dict(cfg):
+            cfg.data.num_classes = len(data.label_names)
+    data.labelled("train")
+    task = build.task(cfg, build.model(cfg))
+    trainer = build.trainer(cfg, Path("."), [], [])
+    # a thread that refreshes the bar would be measured, too
+    bar = Progress(console=Console(stderr=True), auto_refresh=False, transient=True)
+    with bar:
+        parts = bar.add_task("", total=7)
+        try:
+            found = measure(
+                data,
+                task,
+                trainer,
+                float(seconds),
+                lambda part: bar.update(parts, description=part, advance=1, refresh=True),
+            )
+        finally:
+            data.teardown("bench")
+    device = trainer.strategy.root_device
+    head = {
+        "dataset": data.name,
+        "model": config.choices().get("model", cfg.model._target_),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "precision": str(trainer.precision),
+    }
+    if cfg.format == "table":
+        show(head, found)
+        return
+    numbers = {
+        **dataclasses.asdict(found),
+        "step_ms": found.step_ms,
+        "efficiency": found.efficiency,
+    }
+    for key, value in numbers.items():
+        head[key] = round(value, 4) if isinstance(value, float) else value
+    lists = {"failures": found.failures, "advice": advise(found)}
+    named = {key: [one._asdict() for one in value] for key, value in lists.items()}
+    print(json.dumps({**head, "limits": found.limits, **named}))
+
+
+def measure(
+    data: VideoDataModule,
+    task: VideoTask,
+    trainer: L.Trainer,
+    seconds: float,
+    tell: Callable[[str], None],
+) -> Measured:
+    """Measure every part for about `seconds`; `tell` hears which is next."""
+    loader = data.train_dataloader()
+    size = len(next(iter(loader.order)))
+    loader.order = Endless(range(len(loader.dataset)), size, data.seed)
+    tell("cache")
+    if data.cache != "none":  # the first epoch fills it; measured is every epoch after
+        loader.order = Endless(fill(loader, seconds), size, data.seed)
+
+    tell("worker")
+    dataset = data.dataset("train", training=True)
+    alone = time_samples(dataset, Watched(data.sources), loader.order.keys(), seconds)
+    auto = None
+    if data.decoder != "auto":
+        sources = Watched(data.sources)
+        sources.decoder = "auto"
+        auto = time_samples(dataset, sources, iter(alone.keys), seconds)
+
+    tell("loader")
+    crew = max(1, data.workers)
+    drained = consume(iter(loader), lambda batch: None, seconds, crew)
+    train = Step(data, task, trainer)
+    parts = train.time(drained.batch, seconds, tell)
+    tell("together")
+    bursts = drained.ms > sum(part or 0 for part in parts.values())
+    # where batches lie ready, it does not matter when the clock starts
+    together = consume(iter(loader), train, seconds, crew if bursts else 1)
+
+    failures = [*alone.failures, *drained.failures, *together.failures]
+    return Measured(
+        decode_ms=alone.decode[0] / alone.clips * 1e3,
+        storage_ms=alone.storage() / alone.clips * 1e3,
+        worker_ms=alone.total[0] / alone.clips * 1e3,
+        auto_worker_ms=auto and auto.total[0] / auto.clips * 1e3,
+        loader_ms=drained.ms,
+        **parts,
+        together_ms=together.ms,
+        data_wait=together.wait,
+        batch_clips=math.prod(drained.batch["video"].shape[:2]),
+        workers=data.workers,
+        cores=max(1, cores() // trainer.num_devices),
+        repeats=data.augment.repeats,
+        decoder=data.decoder,
+        cache=data.cache,
+        **look_at(alone, data),
+        failures=list({failure.path: failure for failure in failures}.values()),
+    )
+
+
+class Endless:
+    """Training batches without end: some rows, in a new order each epoch, every batch full."""
+
+    def __init__(self, rows: Sequence[int], size: int, seed: int) -> None:
+        self.rows, self.size, self.rng = rows, size, np.random.default_rng(seed)
+
+    def keys(self) -> Iterator[tuple[int, int]]:
+        """Give rows, each with a seed."""
+        while True:
+            for row in self.rng.permutation(self.rows):
+                yield int(row), int(self.rng.integers(2**62))
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        keys = self.keys()
+        while True:
+            yield list(itertools.islice(keys, self.size))
+
+
+def fill(loader: Loader, seconds: float) -> list[int]:
+    """Run the loader to fill its cache; return the rows that it came by."""
+    rows: set[int] = set()
+    began = time.perf_counter()
+    for batch in loader:
+        rows.update(batch["index"].tolist())
+        if time.perf_counter() - began > seconds or len(rows) == len(loader.dataset):
+            break
+    return sorted(rows)
+
+
+@contextmanager
+def clocked(spent: np.ndarray) -> Iterator[None]:
+    """Add the seconds that pass inside: of the CPU, and of the wall."""
+    before = time.process_time(), time.perf_counter()
+    try:
+        yield
+    finally:
+        spent += (time.process_time() - before[0], time.perf_counter() - before[1])
+
+
+class Read(NamedTuple):
+    """What was read of a video."""
+
+    index: FrameIndex | None
+    wanted: Sequence[int]
+    length: int  # frames
+    height: int
+    width: int
+    cached: bool
+
+
+class Watched(Sources):
+    """Sources that clock opening and decoding, and note what was read."""
+
+    def __init__(self, inner: Sources) -> None:
+        super().__init__(inner.decoder, inner.indices, inner.cache, inner.shards)
+        store: Any = inner.indices
+        if store is not None:
+            self.indices: Any = SimpleNamespace(
+                get=store.get, put=lambda *facts: self.new.append(store.put(*facts))
+            )
+        self.new: list[bool] = []  # for each frame index that was not known
+        self.read: list[Read] = []
+        self.keys: list[tuple[int, int]] = []
+        self.failures: list[Failure] = []
+        self.clips = 0
+        self.decode, self.total = np.zeros(2), np.zeros(2)  # seconds: CPU, wall
+
+    @contextmanager
+    def open(self, name: str, row: Any) -> Iterator[Any]:
+        """Open a row's video."""
+        wanted: list[int] = []
+
+        def watch(indices: Sequence[int], choose: Any = None) -> Iterator[torch.Tensor]:
+            wanted[:] = indices
+            made = pieces(indices, choose)
+            while True:
+                with clocked(self.decode):
+                    piece = next(made, None)
+                if piece is None:
+                    return
+                yield piece
+
+        with ExitStack() as stack:
+            with clocked(self.decode):
+                reader: Any = stack.enter_context(super().open(name, row))
+            pieces, reader.pieces = reader.pieces, watch
+            yield reader
+            seen = len(reader), reader.height, reader.width, isinstance(reader, CachedReader)
+            self.read.append(Read(getattr(reader, "index", None), wanted, *seen))
+            with clocked(self.decode):
+                stack.close()
+
+    def storage(self) -> float:
+        """Estimate the seconds of waiting for files.
+
+        Decoding takes longer than its CPU time because of files, or because others use the core.
+        Those slow down the rest of the work as well, which needs no file: so much is allowed for.
+        """
+        cpu, wall = self.total - self.decode
+        slowed = max(1.0, wall / max(cpu, 1e-9))
+        return max(0.0, float(self.decode[1] - self.decode[0] * slowed))
+
+
+def time_samples(
+    dataset: Any, sources: Watched, keys: Iterator[tuple[int, int]], seconds: float
+) -> Watched:
+    """Make samples in this thread for some seconds, or until there are no more keys."""
+    dataset.sources = Sources(sources.decoder, sources.indices, sources.cache, sources.shards)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a worker
+    try:
+        for number, key in enumerate(keys):
+            if number == 2:  # before it, what is slow once: imports, the codec's tables
+                dataset.sources = sources
+                sources.new.clear()
+            sources.keys.append(key)
+            if number < 2:
+                dataset[key]
+                continue
+            with clocked(sources.total):
+                sample = dataset[key]
+            sources.clips += len(sample["video"])
+            sources.failures += sample["failures"]
+            if sources.total[1] > seconds:
+                break
+    finally:
+        torch.set_num_threads(threads)
+    return sources
+
+
+class Consumed(NamedTuple):
+    """What came of taking batches for some time."""
+
+    ms: float  # a clip
+    wait: float  # share of the time
+    failures: list[Failure]
+    batch: Any  # the last
+
+
+def consume(
+    batches: Iterator[Any], use: Callable[[Any], None], seconds: float, crew: int
+) -> Consumed:
+    """Take batches and use them for some seconds.
+
+    Workers that began together are done together: batches come in bursts of `crew`. So the clock
+    starts after one burst and stops after another.
+    """
+    failures: list[Failure] = []
+    taken = clips = 0
+    waited = began = now = 0.0
+    while taken <= crew or taken % crew or now - began < seconds:
+        batch = next(batches)
+        failures += batch["failures"]
+        if taken >= crew:
+            waited += time.perf_counter() - now
+            clips += math.prod(batch["video"].shape[:2])
+        use(batch)
+        taken += 1
+        now = time.perf_counter()
+        began = now if taken == crew else began
+    return Consumed((now - began) / clips * 1e3, waited / (now - began), failures, batch)
+
+
+class Step:
+    """A step of training, from a batch of the loader on, in the trainer's precision."""
+
+    def __init__(self, data: VideoDataModule, task: VideoTask, trainer: L.Trainer) -> None:
+        self.device = trainer.strategy.root_device
+        self.precision = trainer.precision_plugin
+        self.scaler = getattr(self.precision, "scaler", None)  # of 16-mixed
+        self.transform = data.transform.train()
+        self.task: Any = self.precision.convert_module(task).to(self.device).train()
+        self.optimizer = task.optimizer(task.model, 1000)["optimizer"]
+
+    def __call__(self, batch: dict[str, Any]) -> None:
+        """Do it all."""
+        self.learn(self.transform(self.move(batch)))
+        self.synchronize()
+
+    def move(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Copy a batch to the device."""
+        moved: dict[str, Any] = move_data_to_device(batch, self.device)
+        return dict(moved)  # the transform takes things out
+
+    def learn(self, batch: dict[str, Any]) -> None:
+        """Forward, backward, optimizer."""
+        with self.precision.train_step_context():
+            loss = self.task.step(self.precision.convert_input(batch)).loss
+        self.optimizer.zero_grad()
+        if self.scaler is None:
+            loss.backward()
+            self.optimizer.step()
+        else:
+            self.scaler.scale(loss).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
+    def time(
+        self, batch: dict[str, Any], seconds: float, tell: Callable[[str], None]
+    ) -> dict[str, float | None]:
+        """Time the parts on one batch, each for some seconds."""
+        on_cpu = self.device.type == "cpu"
+        moved = self.move(batch)
+        ready = self.transform(dict(moved))
+        calls: dict[str, Callable[[], Any]] = {
+            "transfer": lambda: self.move(batch),
+            "device": lambda: self.transform(dict(moved)),
+            "model": lambda: self.learn(ready),
+        }
+        found: dict[str, float | None] = {}
+        for part, call in calls.items():
+            tell(part)
+            if part == "transfer" and on_cpu:
+                found["transfer_ms"] = None
+                continue
+            for _ in range(1 if on_cpu else 3):  # kernels are chosen, or even compiled
+                call()
+            self.synchronize()
+            count = 0
+            began = time.perf_counter()
+            while not count or time.perf_counter() - began < seconds:
+                call()
+                self.synchronize()
+                count += 1
+            clips = count * math.prod(batch["video"].shape[:2])
+            found[f"{part}_ms"] = (time.perf_counter() - began) / clips * 1e3
+        return found
+
+
+def look_at(alone: Watched, data: VideoDataModule) -> dict[str, Any]:
+    """Say what the videos are like that were read, and what room there is for all their frames."""
+    read = alone.read
+    known = [one for one in read if one.index is not None]
+    decoded = [decoded_frames(one.index, one.wanted) for one in known]
+    resized = [decoded_frames_at(KEYINT, one.wanted) for one in known]
+    side = data.cached_short_side()
+    bytes_each = []
+    for one in read:
+        size = one.height, one.width
+        kept = size if min(size) <= side else short_side_size(*size, side)
+        bytes_each.append(one.length * 3 * math.prod(kept))
+    rows = sum(data.manifest.splits.get(split, 0) for split in ("train", "val"))
+    cache = data.sources.cache
+    shm = Path("/dev/shm")
+    return {
+        "samples": len(read),
+        "index_known": 1 - len(alone.new) / len(read),
+        "from_cache": float(np.mean([one.cached for one in read])),
+        "short_side": float(np.median([min(one.height, one.width) for one in read])),
+        "frames_wanted": float(np.mean([len(one.wanted) for one in read])),
+        "frames_decoded": float(np.mean(decoded)) if decoded else None,
+        "frames_decoded_resized": float(np.mean(resized)) if resized else None,
+        "needed_side": side,
+        "set_gb": rows * float(np.mean(bytes_each)) / 1e9,
+        "cache_gb": data.cache_gb if cache is None else cache.report().limit / 1e9,
+        "ram_gb": SHARE_OF_MEMORY * shutil.disk_usage(shm).free / 1e9 if shm.is_dir() else 0.0,
+        "disk_gb": SHARE_OF_DISK * shutil.disk_usage(data.cache_dir).free / 1e9,
+    }
+
+
+def decoded_frames(index: Any, wanted: Sequence[int]) -> int:
+    """Count what is decoded for some frames: from the keyframe before, less what none needs."""
+    places = index.order[list(wanted)]
+    needed = np.zeros(len(index.pos), bool)
+    for rank, place in zip(wanted, places, strict=True):
+        needed[index.start_for(rank)[0] : place + 1] = True
+    useful = ~index.skippable
+    useful[places] = True
+    return int((needed & useful).sum())
+
+
+def decoded_frames_at(keyint: int, wanted: Sequence[int]) -> int:
+    """Count what would be decoded for some frames with a keyframe every `keyint` frames."""
+    return len({rank for last in wanted for rank in range(last - last % keyint, last + 1)})
+
+
+def advise(found: Measured) -> list[Advice]:
+    """Say what to change, most useful first, and only what would be felt."""
+    advice: list[Advice] = []
+    loader, step = found.loader_ms, found.step_ms
+    clip = found.worker_ms + found.storage_ms  # what passes in a worker
+
+    def pace(loader_ms: float, workers: int) -> float:
+        return max(loader_ms, step) if workers else loader_ms + step  # 0: one after the other
+
+    def add(change: str, loader_ms: float, why: str, workers: int = found.workers) -> None:
+        gain = pace(loader, found.workers) / pace(loader_ms, workers)
+        if gain > WORTH_IT:
+            advice.append(Advice(change, why, round(gain, 2)))
+
+    def without(saved: float) -> float:
+        return loader * max(0.0, clip - saved) / clip
+
+    need = math.ceil(clip / step)
+    most = max(1, int(found.cores * clip / found.worker_ms))  # who waits for a file needs no core
+    if min(need, most) > found.workers:
+        workers = min(need, most)
+        add(
+            f"data.workers={workers}",
+            loader * max(1, found.workers) / workers,
+            f"a clip takes a worker {clip:.3g} ms and the device {step:.3g} ms, so {need} of them"
+            f" would keep up; there are {found.cores} cores",
+            workers,
+        )
+    if found.auto_worker_ms is not None:
+        add(
+            "data.decoder=auto",
+            without(found.worker_ms - found.auto_worker_ms),
+            f"the same clips took it {found.auto_worker_ms:.3g} ms each,"
+            f" {found.decoder} {found.worker_ms:.3g} ms",
+        )
+    ways = (("ram", found.ram_gb), ("disk", found.disk_gb)) if found.cache == "none" else ()
+    kind = next((kind for kind, room in ways if found.set_gb < room), None)
+    if kind:
+        large = found.set_gb > found.cache_gb
+        budget = f" data.cache_gb={math.ceil(found.set_gb * 1.1)}" if large else ""
+        add(
+            f"data.cache={kind}{budget}",
+            without(found.decode_ms + found.storage_ms),
+            f"at most, as decoding is {found.decode_ms / found.worker_ms:.0%} of a worker's time;"
+            f" all frames take about {found.set_gb:.2g} GB, and the first epoch decodes them",
+        )
+    if found.cache != "none" and found.set_gb > found.cache_gb:
+        why = f"all frames take about {found.set_gb:.2g} GB; what does not fit is decoded each time"
+        advice.append(Advice(f"raise data.cache_gb, {found.cache_gb:.2g} now", why, None))
+    if found.frames_decoded and found.frames_decoded_resized:
+        side = min(found.short_side, found.needed_side)
+        share = found.frames_decoded_resized * side**2
+        share /= found.frames_decoded * found.short_side**2
+        add(
+            "vidtrain data action=resize",
+            without(found.decode_ms * (1 - share)),
+            f"{found.frames_decoded:.0f} frames of {found.short_side:.0f} pixels are decoded for"
+            f" {found.frames_wanted:.0f}; with a keyframe every {KEYINT} it would be"
+            f" {found.frames_decoded_resized:.0f} of {side:.0f}",
+        )
+    if found.storage_ms > found.worker_ms / 2:
+        add(
+            "a local disk, or fewer and larger files (vidtrain data action=pack)",
+            without(found.storage_ms),
+            f"a worker waits {found.storage_ms:.3g} ms a clip for files",
+        )
+    if found.repeats == 1 and need > most:
+        add(
+            "augment.repeats=2",
+            without((found.decode_ms + found.storage_ms) / 2),
+            "at most: one decode serves two clips; batches vary less",
+        )
+    if found.failures:
+        why = f"cannot be read: {len(found.failures)}, among them {found.failures[0].path}"
+        advice.append(Advice("vidtrain data action=check", why, None))
+    return sorted(advice, key=lambda one: -(one.gain or math.inf))
+
+
+def show(head: dict[str, str], found: Measured) -> None:
+    """Print the table, what limits, and the advice."""
+    console = Console(emoji=False)
+    if not console.is_terminal:
+        console = Console(width=200, emoji=False)  # in a file or a pipe nothing is cut
+    title = f"{', '.join(head.values())}, {found.batch_clips} clips a batch"
+    table = Table("part", title=title, title_justify="left")
+    for column in ("ms per clip", "clips/s"):
+        table.add_column(column, justify="right")
+    table.add_column("of what", overflow="fold")
+    known = f"frame index known of {found.index_known:.0%}"
+    if found.cache != "none":
+        known += f", {found.from_cache:.0%} out of the cache"
+    if found.storage_ms > found.worker_ms / 10:
+        known += f", {found.storage_ms:.3g} ms more of waiting for files"
+    crew = f"{found.workers} workers on {found.cores} cores" if found.workers else "no workers"
+    for part, ms, what in (
+        ("decode", found.decode_ms, f"CPU, one thread, {found.samples} videos; {known}"),
+        ("worker", found.worker_ms, "CPU, one thread: decode, crop, resize"),
+        (
+            "loader",
+            found.loader_ms,
+            f"{crew}, nobody to wait for: {found.efficiency:.0%} of what one worker promises",
+        ),
+        ("transfer", found.transfer_ms, "a batch to the device"),
+        ("device", found.device_ms, "device transform: float, normalise, mix"),
+        ("model", found.model_ms, "forward, backward, optimizer"),
+        ("together", found.together_ms, f"all at once: {found.data_wait:.0%} waiting for a batch"),
+    ):
+        numbers = ("-", "-") if ms is None else (f"{ms:.3g}", f"{1e3 / ms:,.0f}")
+        table.add_row(part, *numbers, what)
+    console.print(table)
+    slow, fast = max(found.loader_ms, found.step_ms), min(found.loader_ms, found.step_ms)
+    console.print(
+        f"limits: {found.limits}. The loader takes {found.loader_ms:.3g} ms a clip; transfer,"
+        f" device and model {found.step_ms:.3g} ms: {slow / fast:.1f} times as"
+        f" {'long' if found.limits == 'model' else 'little'}",
+        style="bold",
+        highlight=False,
+    )
+    advice = advise(found)
+    if found.limits == "model" and not any(one.gain for one in advice):
+        console.print("nothing to gain on the side of the data", highlight=False)
+    for one in advice:
+        gain = f" ({one.gain:.3g}x)" if one.gain else ""
+        console.print(f"{one.change}{gain}: {one.why}", markup=False, highlight=False)
+    for failure in found.failures[:5]:
+        line = f"cannot be read: {failure.path}: {failure.reason}"
+        console.print(line, style="yellow", markup=False, highlight=False)
