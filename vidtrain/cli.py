@@ -12,7 +12,7 @@ VERBS = {
     "predict": "name what is in your videos",
     "summary": "layers, shapes, receptive fields, parameters, multiply-adds",
     "bench": "time decoding, loader, transfer and model on your data; what limits, what to change",
-    "data": "action=prepare|check|stats|show: a dataset's manifest, health and looks",
+    "data": "action=prepare|check|stats|show|resize|pack: a dataset, its health, looks and speed",
     "completion": "print a completion script: bash, zsh or fish",
 }
 

@@ -26,3 +26,10 @@ def work(job: Any, plus: int = 0) -> Any:
 
 def process_of(job: int) -> int:
     return os.getpid()
+
+
+def no_space(job: Any) -> Any:
+    """Stand in for `vidtrain.data.resize.make` where the disk is full."""
+    from vidtrain.data.resize import Failed
+
+    return Failed(job.path, "no space", full=True)

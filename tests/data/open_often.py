@@ -1,9 +1,9 @@
 """Open good and bad files many times and say what that leaves behind; run in a process of its own.
 
-    python tests/data/open_often.py DECODER START COUNT FILE [FILE ...]
+    python tests/data/open_often.py DECODERS START COUNT FILE [FILE ...]
 
-START is where the files are opened: `here`, or in a process that was started by `fork` or `spawn`
-after this one had opened some itself. Prints bytes of memory and open files, after a warm-up and
+DECODERS take turns. START is where the files are opened: `here`, or in a process started by `spawn`, or by `fork` after
+this one had opened some itself. Prints bytes of memory and open files, after a warm-up and
 after COUNT more opens.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import json
 import multiprocessing
 import os
@@ -18,19 +19,18 @@ import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import torch
-
 from vidtrain.data.decode import open_video
 from vidtrain.types import DecodeError
 
 WARM_UP = 200
 
 
-def open_all(files: list[str], decoder: str, count: int) -> None:
+def open_all(files: list[str], decoders: str, count: int) -> None:
     """Open so many, one after the other, and take frames of each that can be read."""
-    for number in range(count):
+    turns = itertools.cycle(itertools.product(files, decoders.split(",")))
+    for number, (file, decoder) in enumerate(itertools.islice(turns, count)):
         try:
-            with open_video(files[number % len(files)], decoder) as reader:
+            with open_video(file, decoder) as reader:
                 reader.frames([len(reader) // 2, number % len(reader)])
         except DecodeError:
             pass
@@ -46,12 +46,14 @@ def held() -> dict[str, int]:
     return {"memory": resident, "files": len(os.listdir("/proc/self/fd"))}
 
 
-def measure(files: list[str], decoder: str, count: int, pipe: Connection | None = None) -> list:
+def measure(files: list[str], decoders: str, count: int, pipe: Connection | None = None) -> list:
     """Return what is held before and after."""
+    import torch  # here: the process that only starts another does without
+
     torch.set_num_threads(1)  # as every loader does: a fork has none of the threads of before
-    open_all(files, decoder, WARM_UP)
+    open_all(files, decoders, WARM_UP)
     before = held()
-    open_all(files, decoder, count)
+    open_all(files, decoders, count)
     found = [before, held()]
     if pipe is not None:
         pipe.send(found)
@@ -59,14 +61,15 @@ def measure(files: list[str], decoder: str, count: int, pipe: Connection | None 
 
 
 if __name__ == "__main__":
-    decoder, start, count, *files = sys.argv[1:]
+    decoders, start, count, *files = sys.argv[1:]
     if start == "here":
-        found = measure(files, decoder, int(count))
+        found = measure(files, decoders, int(count))
     else:
-        open_all(files, decoder, len(files))
+        if start == "fork":
+            open_all(files, decoders, 3 * len(files))
         context = multiprocessing.get_context(start)
         ours, theirs = context.Pipe()
-        process = context.Process(target=measure, args=(files, decoder, int(count), theirs))
+        process = context.Process(target=measure, args=(files, decoders, int(count), theirs))
         process.start()
         theirs.close()
         found = ours.recv()

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,47 +32,42 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [folder / name for name in FILES]
 
 
-def growth(files: list[Path], runs: list[tuple[str, str]], count: int) -> Iterator[dict[str, int]]:
-    """Run the script for each (decoder, start), two at a time."""
-    for first in range(0, len(runs), 2):
-        processes = [
-            subprocess.Popen(
-                [sys.executable, SCRIPT, *run, str(count), *files],
-                stdout=subprocess.PIPE,
-                text=True,
-                cwd=SCRIPT.parents[2],
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
-            for run in runs[first : first + 2]
-        ]
-        for process in processes:
-            said, _ = process.communicate()
-            assert process.returncode == 0
-            before, after = json.loads(said)
-            yield {what: after[what] - before[what] for what in before}
-
-
-def check(files: list[Path], starts: list[tuple[str, str]], count: int, most: int) -> None:
-    runs = [run for run in starts if installed(run[0], files[0])]
-    found = dict(zip(runs, growth(files, runs, count), strict=True))
-    assert {run: grown["files"] for run, grown in found.items() if grown["files"]} == {}
-    assert {run: grown["memory"] for run, grown in found.items() if grown["memory"] > most} == {}
+def growth(files: list[Path], decoders: str, start: str, count: int) -> dict[str, int]:
+    said = subprocess.check_output(
+        [sys.executable, SCRIPT, decoders, start, str(count), *files],
+        cwd=SCRIPT.parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    before, after = json.loads(said)
+    return {what: after[what] - before[what] for what in before}
 
 
 @linux
 def test_some_hundred_opens(files: list[Path]) -> None:
-    starts = [*((decoder, "fork") for decoder in DECODERS), ("pyav", "spawn")]
-    check(files, starts, 400, most=256 << 10)
+    grown = growth(files, "pyav", "spawn", 400)
+    assert grown["files"] == 0
+    assert grown["memory"] < 256 << 10
+    decoders = "pyav,decord" if installed("decord", files[0]) else "pyav"
+    grown = growth(files[::2], decoders, "fork", 300)
+    assert grown["files"] == 0
+    assert grown["memory"] < 4 << 20  # decord's comes and goes; `slow` tells that from a leak
 
 
 @linux
 @pytest.mark.slow
 @pytest.mark.parametrize("start", ["here", "fork", "spawn"])
-def test_five_thousand_opens(start: str, files: list[Path]) -> None:
-    check(files, [(decoder, start) for decoder in DECODERS], 5000, most=512 << 10)
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_five_thousand_opens(decoder: str, start: str, files: list[Path]) -> None:
+    if not installed(decoder, files[0]):
+        pytest.skip(f"{decoder} is not installed")
+    grown = growth(files, decoder, start, 5000)
+    assert grown["files"] == 0
+    # decord decodes in threads of its own: what is in use differs by a megabyte at any time
+    assert grown["memory"] < (2 << 20 if decoder == "decord" else 512 << 10)
 
 
 @linux
+@pytest.mark.slow
 def test_a_leak_would_be_seen(tmp_path: Path) -> None:
     """The same script with a reader that keeps 2 KiB and a file of each open."""
     leaky = tmp_path / "leaky.py"

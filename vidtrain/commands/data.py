@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -98,16 +99,20 @@ def print_counts(console: Console, found: Any) -> None:
 
 def check(cfg: DictConfig, data: Any, console: Console) -> int:
     """Decode every file; name those that are unusable, and what is in training and test alike."""
-    from vidtrain.data.check import check_files, leaks, write_table
+    from vidtrain.data.check import check_files, check_packed, leaks, write_table
 
     rows = rows_of(cfg, data)
     output = output_file(cfg, f"{data.name}-check.csv")
-    paths = list(dict.fromkeys(str(data.manifest.absolute_path(row)) for row in rows))
+    places = {data.manifest.location(row): row.place for row in rows}
+    workers, seconds = max(1, data.workers), float(cfg.time_limit)
+    if data.manifest.is_packed:
+        found_of_each = check_packed(places.items(), data.sources.shards, workers, seconds)
+    else:
+        found_of_each = check_files(places, workers, seconds)
     probes = []
     with Progress(console=Console(stderr=True)) as bar:
-        bar_of_files = bar.add_task("check", total=len(paths))
-        workers = max(1, data.workers)
-        for probe in check_files(paths, workers, float(cfg.time_limit)):
+        bar_of_files = bar.add_task("check", total=len(places))
+        for probe in found_of_each:
             probes.append(probe)
             bar.advance(bar_of_files)
     write_table(probes, output)
@@ -117,9 +122,7 @@ def check(cfg: DictConfig, data: Any, console: Console) -> int:
         console.print(
             f"unusable: {probe.path}: {probe.error}", style="red", markup=False, soft_wrap=True
         )
-    found = leaks(
-        (str(data.manifest.absolute_path(row)), row.split, row.group, row.labels) for row in rows
-    )
+    found = leaks((data.manifest.location(row), row.split, row.group, row.labels) for row in rows)
     for leak in found:
         line = f"{leak.what}: {', '.join(leak.paths[:3])}"
         console.print(line, style="yellow", markup=False, soft_wrap=True)
@@ -135,8 +138,6 @@ def check(cfg: DictConfig, data: Any, console: Console) -> int:
 
 def stats(cfg: DictConfig, data: Any, console: Console) -> None:
     """Count classes, and measure durations, rates and sizes from the files' headers."""
-    from vidtrain.data.decode import open_video
-
     rows = rows_of(cfg, data)
     names = data.label_names
     splits = list(data.manifest.splits) if cfg.split is None else [cfg.split]
@@ -157,7 +158,7 @@ def stats(cfg: DictConfig, data: Any, console: Console) -> None:
         bar_of_files = bar.add_task("stats", total=len(some))
         for row in some:
             try:
-                with open_video(data.manifest.absolute_path(row), data.decoder) as reader:
+                with data.sources.open(data.manifest.location(row), row) as reader:
                     seconds.append(len(reader) / reader.fps)
                     rates[round(reader.fps, 2)] += 1
                     sizes[f"{reader.width}x{reader.height}"] += 1
@@ -292,10 +293,89 @@ PACKED_AS = {
 }
 
 
+def resize(cfg: DictConfig, data: Any, console: Console) -> int:
+    """Re-encode the videos into another folder so that training decodes less; say what was gained."""
+    from vidtrain.data import resize as resizing
+    from vidtrain.data.module import annotation_files
+
+    if cfg.output is None:
+        raise UserError("output is not set; add output=FOLDER for the re-encoded videos")
+    output = Path(str(cfg.output)).expanduser()
+    settings = dict(cfg.resize)
+    seconds = settings.pop("time_limit")
+    if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not seconds > 0:
+        raise UserError(f"resize.time_limit is {seconds!r}; it must be a number of seconds")
+    # A table of one's own names files with their endings: it is replaced by the one that is written.
+    own = str(cfg.data.prepare._target_).startswith("vidtrain.data.prepare.folder")
+    lists = [] if own else [Path(path) for path, *_ in annotation_files(data.root, {})]
+    try:
+        with Progress(console=Console(stderr=True)) as bar:
+            task = bar.add_task("resize", total=None)
+            outcome = resizing.resize(
+                data.manifest,
+                cfg.split,
+                output,
+                resizing.Settings(**settings),
+                [path for path in lists if path.is_file()],
+                max(1, data.workers),
+                float(seconds),
+                lambda done, total: bar.update(task, completed=done, total=total),
+            )
+    except KeyboardInterrupt:
+        print("\nwhat is done stays; the same command goes on with the rest", file=sys.stderr)
+        raise
+    for path, reason, _ in outcome.failed:
+        console.print(f"unusable: {path}: {reason}", style="red", markup=False, soft_wrap=True)
+    print_gain(console, data.manifest.root, output, outcome)
+    options = ["data=folder", f"data.root={output}"]
+    options += ["data.multi_label=true"] if data.multi_label else []
+    console.print(
+        f"{outcome.made} videos made, {len(outcome.videos) - outcome.made} there before,"
+        f" {len(outcome.failed)} unusable; to use them: {shlex.join(options)}"
+        + ("" if own else f", or this dataset's own config with {shlex.join(options[1:2])}"),
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 1 if outcome.failed else 0
+
+
+def print_gain(console: Console, root: str, output: Path, outcome: Any) -> None:
+    """Compare the videos with their copies: bytes, and the CPU that a training clip costs."""
+    from vidtrain.data.resize import CLIP, bytes_of, cpu_per_clip
+
+    paths = list(outcome.videos)
+    pairs = [(f"{root}/{path}", str(output / outcome.targets[path])) for path in paths]
+    timed = [pairs[i] for i in sample_of(len(pairs), min(TIMED, len(pairs)))]
+    before, after = cpu_per_clip(timed)
+    sizes = [sum(map(bytes_of, side)) / 1e6 for side in zip(*pairs, strict=True)]
+    table = Table(
+        title=f"a clip: {CLIP.num_frames} random frames, {CLIP.stride} apart, decoded and cropped;"
+        f" CPU of one core, {len(timed)} of {len(pairs)} files measured",
+        title_justify="left",
+    )
+    for head in ("", "before", "after", ""):
+        table.add_column(head, justify="right" if head else "left")
+    table.add_row("files", str(len(pairs)), str(len(pairs)))
+    table.add_row("MB", *(f"{size:,.1f}" for size in sizes), f"{sizes[1] / sizes[0]:.2f} of it")
+    table.add_row(
+        "ms per clip", f"{1e3 * before:.1f}", f"{1e3 * after:.1f}", f"{before / after:.1f}x less"
+    )
+    table.add_row("clips/s", f"{1 / before:.1f}", f"{1 / after:.1f}", f"{before / after:.1f}x")
+    console.print(table)
+    sounds = Counter(made.sound for made in outcome.videos.values() if made.sound)
+    for sound, count in sorted(sounds.items()):
+        console.print(f"sound of {count} files: {sound}", markup=False, highlight=False)
+
+
+TIMED = 16  # files of which resize takes clips
+
+
 ACTIONS: dict[str, Callable[[DictConfig, Any, Console], int | None]] = {
     "prepare": prepare,
     "check": check,
     "stats": stats,
     "show": show,
     "pack": pack,
+    "resize": resize,
 }

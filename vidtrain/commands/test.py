@@ -180,7 +180,7 @@ def run_test(
         "label_names": names,
         "multi_label": data.multi_label,
         "fingerprint": data.manifest.fingerprint,
-        "data_root": str(data.root.resolve()),
+        "data_root": data.manifest.root,
         "seconds": round(time.time() - began, 1),
     }
     if data.multi_label:

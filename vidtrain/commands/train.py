@@ -18,6 +18,7 @@ from rich.console import Console
 from vidtrain import build, checkpoint, config
 from vidtrain.callbacks.checkpoint import Checkpoint, Stopped
 from vidtrain.commands.test import run_test
+from vidtrain.data.manifest import is_url
 from vidtrain.loggers import closing
 from vidtrain.types import UserError
 
@@ -37,7 +38,8 @@ def main(cfg: DictConfig) -> float | int | None:
     start = None if cfg.ckpt is None else checkpoint.find(cfg.ckpt)
     build.check_optim(cfg)
     with open_dict(cfg):  # so that the checkpoint can be tested from any folder
-        cfg.data.root = str(Path(cfg.data.root).expanduser().absolute())
+        if not is_url(cfg.data.root):
+            cfg.data.root = str(Path(cfg.data.root).expanduser().absolute())
     data = build.data(cfg)
     if cfg.data.num_classes is None:  # the one thing that only the data can tell
         with open_dict(cfg):

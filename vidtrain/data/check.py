@@ -19,6 +19,8 @@ from vidtrain.types import DecodeError
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Iterator
 
+    from vidtrain.data.manifest import Place
+    from vidtrain.data.shards import Shards
     from vidtrain.types import VideoReader
 
 AT_ONCE = 32  # frames in memory, where a decoder can be checked only by taking its frames
@@ -37,18 +39,24 @@ class Probe(NamedTuple):
     error: str | None = None
 
 
-def probe(path: str | Path, decoder: str = "auto") -> Probe:
+def probe(path: str | Path, decoder: str = "auto", data: bytes | None = None) -> Probe:
     """Decode every frame of one file and say what is wrong with it; never raises.
 
     Damage is looked for with PyAV whatever the decoder, for the others do not tell. Then the one
     asked for has to deliver every frame.
+
+    Args:
+        path: the file, or what to call it.
+        decoder: see `vidtrain.data.decode.open_video`.
+        data: its bytes, where it is no file of its own.
     """
     path = os.fspath(path)
+    source = path if data is None else data
     facts: dict[str, int | float] = {}
     reason = None
     try:
         check_decoder(decoder)
-        with open_video(path) as reader:
+        with open_video(source, name=path) as reader:
             facts["frames"] = len(reader)
             facts["fps"] = round(reader.fps, 3)
             facts["duration"] = round(len(reader) / reader.fps, 3)
@@ -58,7 +66,7 @@ def probe(path: str | Path, decoder: str = "auto") -> Probe:
                 _take_all(reader)
             facts["width"], facts["height"] = reader.width, reader.height
         if reason is None and decoder not in ("auto", "pyav"):
-            with open_video(path, decoder) as reader:
+            with open_video(source, decoder, name=path) as reader:
                 _take_all(reader)
     except DecodeError as error:
         reason = error.reason
@@ -119,9 +127,45 @@ def _probes(
         yield from map(_probe_of, results)
 
 
+def check_packed(
+    videos: Iterable[tuple[str, Place]],
+    shards: Shards,
+    workers: int = 0,
+    time_limit: float = 60.0,
+    decoder: str = "auto",
+) -> Iterator[Probe]:
+    """Probe videos that lie in shards: what `check_files` does for files.
+
+    Args:
+        videos: what to call each, and where it lies.
+        shards: of the dataset.
+        workers: see `check_files`.
+        time_limit: see `check_files`.
+        decoder: see `check_files`.
+    """
+    check_decoder(decoder)
+    look = partial(probe_packed, shards=shards, decoder=decoder)
+    results = crew.run(look, videos, workers, time_limit, None, "the decoder")
+    with contextlib.closing(results):
+        yield from map(_probe_of, results)
+
+
+def probe_packed(video: tuple[str, Place], shards: Shards, decoder: str) -> Probe:
+    """Probe one video of a shard; never raises."""
+    name, place = video
+    try:
+        data = shards.read(place)
+    except DecodeError as error:
+        return Probe(name, ok=False, error=error.reason)
+    except Exception as error:
+        return Probe(name, ok=False, error=str(error))
+    return probe(name, decoder, data)
+
+
 def _probe_of(result: Probe | Lost) -> Probe:
     if isinstance(result, Lost):
-        return Probe(result.job, ok=False, error=result.reason)
+        name = result.job if isinstance(result.job, str) else result.job[0]
+        return Probe(name, ok=False, error=result.reason)
     return result
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import av
 import numpy as np
 from av.video.frame import PictureType
-from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 
 from vidtrain.data.decode import open_video
 from vidtrain.types import DecodeError
@@ -29,7 +29,9 @@ PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "sl
 TUNES = ("fastdecode", "film", "animation", "grain")
 HELD = ("aac", "mp3", "mp2", "ac3", "eac3", "opus", "alac", "flac")  # sound that mp4 can hold
 AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
+GRAIN = 100  # units of time in a frame, where frames come at an even rate
 PICTURES = 32  # of a folder, in memory at once
+RGB = 0  # as a matrix of colours: none (ITU-T H.273, table 4)
 LEAST_RATE = 32_000  # bits per second that any video may take
 
 
@@ -80,7 +82,10 @@ def encode(source: str, target: str, settings: Settings) -> Encoded:
         else:  # `check` has replaced the index by what decoding showed
             sound = _encode_file(source, reader.index, reader.fps, target, settings, size)
     with open_video(target) as made:
+        fault = made.check().reason
         found = len(made), (made.width, made.height)
+    if fault is not None:
+        raise DecodeError(source, f"its copy came out damaged: {fault}")
     if found != (frames, size):
         raise DecodeError(
             source,
@@ -136,7 +141,11 @@ def _encode_file(
     with _open_source(source) as container:
         timing = _timing(container, index, fps)
         sound = container.streams.best("audio")
-        codec = None if sound is None or sound.codec_context is None else sound.codec_context.name
+        codec = (
+            None
+            if sound is None or sound.codec_context is None
+            else sound.codec_context.codec.canonical_name
+        )
     ways: list[Callable[..., _Copy] | None] = [None]
     if codec is not None:
         ways = [_Copy, _Convert, None] if codec in HELD else [_Convert, None]
@@ -154,29 +163,34 @@ def _encode_file(
 
 
 def _timing(container: InputContainer, index: FrameIndex, fps: float) -> _Timing:
-    """Take the frames' times from their packets; even ones where those are missing or do not rise."""
+    """Take the frames' times from their packets; even ones where those are missing or do not rise.
+
+    Times that are even but for rounding, as in a file that counts milliseconds, become even.
+    """
     stream = container.streams.best("video")
     packets = [
         (packet.pts, packet.dts, packet.duration, packet.size)
         for packet in container.demux(stream)
         if not _is_end(packet)
     ]
-    start = max(Fraction(0), Fraction(container.start_time or 0, av.time_base))
-    step = stream.time_base
+    bit_rate = 8 * sum(size for *_, size in packets) * fps / len(index.order)
+    begin = max(Fraction(0), Fraction(container.start_time or 0, av.time_base))
+    rate = Fraction(fps).limit_denominator(100_000)
     for column in (0, 1):
         times = [packets[place][column] for place in index.order]
         if None not in times and all(a < b for a, b in pairwise(times)):
-            last = packets[index.order[-1]][2]
-            start = min(start, times[0] * step)
+            step = stream.time_base
+            first = times[0] * step
             break
     else:
-        step = 1 / Fraction(fps).limit_denominator(100_000)
-        times, last = [round(start / step) + number for number in range(len(index.order))], 1
-    if not last:
-        last = times[-1] - times[-2] if len(times) > 1 else max(1, round(1 / fps / step))
-    times = [time - round(start / step) for time in times]
-    bit_rate = 8 * sum(size for *_, size in packets) * fps / len(index.order)
-    return _Timing(times, step, last, start, bit_rate)
+        times, step, first = list(range(len(index.order))), 1 / rate, begin
+    start = min(begin, first)
+    if all(abs((time - times[0]) * step - n / rate) <= step for n, time in enumerate(times)):
+        step = 1 / rate / GRAIN
+        times = [round((first - start) / step) + n * GRAIN for n in range(len(times))]
+        return _Timing(times, step, GRAIN, start, bit_rate)
+    last = packets[index.order[-1]][2] or times[-1] - times[-2]
+    return _Timing([t - round(start / step) for t in times], step, last, start, bit_rate)
 
 
 def _transcode(
@@ -287,7 +301,7 @@ class _Video:
         aspect = source.sample_aspect_ratio
         if aspect and aspect > 0:
             codec.sample_aspect_ratio = 1 / aspect if self.turn[0] else aspect
-        if given.colorspace != Colorspace.RGB:
+        if given.colorspace != RGB:
             codec.colorspace = given.colorspace
         codec.color_primaries, codec.color_trc = given.color_primaries, given.color_trc
 

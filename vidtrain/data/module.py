@@ -25,6 +25,7 @@ from vidtrain.data.indices import IndexStore
 from vidtrain.data.loader import Loader
 from vidtrain.data.manifest import Annotations, Manifest, Row, is_url
 from vidtrain.data.order import EvaluationOrder, TrainingOrder
+from vidtrain.data.prepare.packed import stamp
 from vidtrain.data.prepare.splits import carve_validation
 from vidtrain.data.shards import Shards
 from vidtrain.data.sources import Sources
@@ -178,7 +179,8 @@ class VideoDataModule(L.LightningDataModule):
         options = getattr(self.prepare, "keywords", {})
         root = self.root if isinstance(self.root, str) else str(self.root.resolve())
         facts: list[Any] = [root, options, self.val_fraction, self.multi_label, self.split_seed]
-        facts.append(annotation_files(self.root, options))
+        files = annotation_files(self.root, options) if isinstance(self.root, Path) else stamp(root)
+        facts.append(files)
         digest = hashlib.blake2b(
             json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=8
         ).hexdigest()
@@ -260,15 +262,15 @@ class VideoDataModule(L.LightningDataModule):
             UserError: a cache that cannot be had.
         """
         if self._sources is None:
-            found = self.manifest
+            found, root = self.manifest, str(self.root)
             store = IndexStore(found.path.with_suffix(".frames"), len(found))
             shards = None
             if found.is_packed:
                 shards = Shards(
-                    str(self.root),
+                    root,
                     self.cache_dir / "shards",
                     self.shard_cache_gb,
-                    found.fingerprint,
+                    found.packed_version,
                 )
             self._sources = Sources(self.decoder, store, self._frame_cache(), shards)
         return self._sources

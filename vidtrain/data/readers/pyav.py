@@ -392,31 +392,26 @@ class PyAVReader:
         self, start: int, stop: int, wanted: frozenset[int], fed: set[int]
     ) -> Iterator[av.VideoFrame]:
         """Decode the packets from `start` to `stop`, but for those that can be left out."""
-        ranks = self.index.ranks[start : stop + 1].tolist()
-        skippable = self.index.skippable[start : stop + 1].tolist()
+        index = self.index
+        place, packets = self._go_to(start)
+        offsets = index.pos[place : stop + 1].tolist()
+        ranks = index.ranks[place : stop + 1].tolist()
+        skippable = index.skippable[place : stop + 1].tolist()
         try:
-            for place, packet in self._packets(start, stop):
-                rank = ranks[place - start]
-                if skippable[place - start] and rank not in wanted:
+            for at, packet in enumerate(itertools.islice(packets, len(offsets))):
+                if offsets[at] != (-1 if packet.pos is None else packet.pos):
+                    raise _Odd  # not the packet that the index means
+                rank = ranks[at]
+                if place + at < start or (skippable[at] and rank not in wanted):
                     continue
                 if packet.is_corrupt:
                     raise _Odd
                 fed.add(rank)
-                packet.pts = packet.dts = place
+                packet.pts = packet.dts = place + at
                 yield from self._codec.decode(packet)
             yield from self._codec.decode(None)
         except LIBAV_ERRORS:
             raise _Odd from None
-
-    def _packets(self, start: int, stop: int) -> Iterator[tuple[int, av.Packet]]:
-        """Read the packets from `start` to `stop`; each is checked to be the one the index means."""
-        place, packets = self._go_to(start)
-        offsets = self.index.pos[place : stop + 1].tolist()
-        for at, packet in zip(range(place, stop + 1), packets, strict=False):
-            if offsets[at - place] != (-1 if packet.pos is None else packet.pos):
-                raise _Odd
-            if at >= start:
-                yield at, packet
 
     def _go_to(self, start: int) -> tuple[int, Iterator[av.Packet]]:
         """Return packets from `start` or some place before it, and that place."""

@@ -116,9 +116,4 @@ def _kind(frame: av.VideoFrame) -> tuple[object, ...]:
 
 def _planes(frame: av.VideoFrame) -> list[np.ndarray]:
     """View a planar frame's planes as `(rows, bytes of a row)`."""
-    return [
-        np.frombuffer(plane, np.uint8)[: plane.line_size * plane.height].reshape(
-            plane.height, plane.line_size
-        )
-        for plane in frame.planes
-    ]
+    return [np.ndarray((p.height, p.line_size), np.uint8, p) for p in frame.planes]
