@@ -2,9 +2,9 @@
 
     python scripts/fuzz.py VIDEO [VIDEO ...] --count 2000 --seed 0
 
-Two seconds of each video, in its own container and in Matroska, are damaged `count` times: bits
-flipped, blocks zeroed, doubled, swapped, removed, put in, ends cut off, numbers in headers changed.
-Each goes through `check_files`, then through the training loader. What is looked for:
+Two seconds of each video, in its own container and in Matroska, or all of a small one, are damaged
+`count` times: bits flipped, blocks zeroed, doubled, swapped, removed, put in, ends cut off, numbers
+in headers changed. Each goes through `check_files`, then through the training loader. What is looked for:
 
 - this process crashes, or anything hangs: never;
 - a file that kills its worker, or takes too long, is named;
@@ -18,7 +18,9 @@ alone: `--only NUMBER --keep FOLDER` makes one again.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import itertools
 import random
 import struct
 import sys
@@ -26,6 +28,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import av
@@ -36,7 +39,8 @@ from vidtrain.data.decode import open_video
 from vidtrain.data.manifest import Row
 from vidtrain.types import Clip, DecodeError
 
-SECONDS = 2.0  # of each video
+SECONDS = 2.0  # of each video that is not
+SMALL = 256 << 10  # bytes
 TIME_LIMIT = 30.0  # seconds for one file
 WRONG = "WRONG: "  # begins the error of a file that is misread without a word
 CLIP = Clip(num_frames=8, stride=2, size=64, mean=[0, 0, 0], std=[1, 1, 1])
@@ -139,39 +143,68 @@ def look(path: str, decoder: str, compare: int = 1) -> Probe:
 
 
 def misread(path: str, chance: random.Random) -> str | None:
-    """Say which frames come out other than from a plain decode, where that meets no error."""
+    """Say which frames come out other than a plain decode of the whole file has them."""
+    asked: list[tuple[int, int, np.ndarray]] = []  # frame, its packet, its picture
     try:
         with open_video(path) as reader:
-            count, turn = len(reader), None
-            asked: dict[int, np.ndarray] = {}
-            for index in [0, count - 1, *(chance.randrange(count) for _ in range(6))]:
-                with open_video(path) as fresh:
-                    try:
-                        asked[index] = fresh.frames([index])[0].permute(1, 2, 0).numpy()
-                    except DecodeError:
-                        continue
-                    turn = fresh.index.turn  # type: ignore[attr-defined]
+            index = reader.index  # type: ignore[attr-defined]
+            count = len(reader)
+            for rank in [0, count - 1, *(chance.randrange(count) for _ in range(6))]:
+                with open_video(path) as fresh, contextlib.suppress(DecodeError):
+                    picture = fresh.frames([rank])[0].permute(1, 2, 0).numpy()
+                    index = fresh.index  # type: ignore[attr-defined]
+                    asked.append((rank, int(index.order[rank]), picture))
+            damaged = reader.check().reason  # type: ignore[attr-defined]
     except DecodeError:
         return None
-    shown = 0
-    wrong = []
-    try:
-        with av.open(path) as container:
-            for packet in container.demux(container.streams.best("video")):
-                if packet.is_corrupt:
-                    return None
+    played, fault, orderly = play(path)
+    shown = sorted(played, key=lambda place: played[place][0])
+    if fault is None and orderly and not damaged and shown != index.order.tolist():
+        return f"{count} frames, of which a plain decode has {len(shown)}, or in another order"
+    for rank, place, picture in asked:
+        if place not in played:
+            continue
+        _, corrupt, frame = played[place]
+        if corrupt:
+            return f"frame {rank} is corrupt"
+        seen = _seen(frame, index.turn)
+        alike = seen.shape != picture.shape or np.array_equal(seen, picture)  # scaled to the first
+        if not alike and (fault is None or place < fault):
+            return f"frame {rank} is not that of a plain decode"
+    return None
+
+
+def play(path: str) -> tuple[dict[int, tuple[int, bool, av.VideoFrame]], int | None, bool]:
+    """Decode a file once: for each packet that is shown its turn, whether it is corrupt, the frame.
+
+    Also the first packet at which an error was met, and whether frames come in the order of their
+    timestamps: where they contradict the pictures, both orders are right.
+    """
+    times: dict[int, int | None] = {}
+    played: dict[int, tuple[int, bool, av.VideoFrame]] = {}
+    fault = None
+    with av.open(path, metadata_errors="ignore") as container:
+        stream = container.streams.best("video")
+        stream.thread_type = "NONE"  # threads do not tell of all damage
+        packets = container.demux(stream)
+        for place in itertools.count():
+            try:
+                packet = next(packets)
+                times[place] = packet.pts
+                packet.pts = packet.dts = place
+                if packet.is_corrupt and fault is None:
+                    fault = place
                 for frame in packet.decode():
-                    if frame.is_corrupt:
-                        return None
-                    picture = asked.get(shown)
-                    if picture is not None and not np.array_equal(picture, _seen(frame, turn)):
-                        wrong.append(shown)
-                    shown += 1
-    except (av.error.FFmpegError, OSError, ValueError):
-        return None
-    if count != shown:
-        return f"{count} frames, a plain decode has {shown}"
-    return f"frames {sorted(wrong)} of {count}" if wrong else None
+                    played.setdefault(frame.pts, (len(played), frame.is_corrupt, frame))
+                    if frame.is_corrupt and fault is None:
+                        fault = frame.pts
+            except (StopIteration, IndexError):  # PyAV's, where streams turned up on the way
+                order = [times[place] for place in played]
+                rising = [a is not None and b is not None and a < b for a, b in pairwise(order)]
+                return played, fault, all(rising)
+            except (av.error.FFmpegError, OSError, ValueError):
+                fault = place if fault is None else fault
+    raise AssertionError("unreachable")
 
 
 def _seen(frame: av.VideoFrame, turn: tuple[bool, bool, bool]) -> np.ndarray:
@@ -258,6 +291,9 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
         sources = []
         for video in args.videos:
+            if video.stat().st_size < SMALL:
+                sources.append(video)
+                continue
             for suffix in (video.suffix, ".mkv"):
                 sources.append(folder / f"{video.stem}{suffix}")
                 shorten(video, sources[-1])

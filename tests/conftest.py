@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,9 @@ import pytest
 
 os.environ["WANDB_MODE"] = "disabled"  # a test that wants W&B says so itself
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside their own workers
+
+# A shell that runs the tests in the background has programs ignore Ctrl-C, ours and those we start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / "shared"

@@ -140,6 +140,20 @@ def no_time_passes(data: bytearray) -> None:
         struct.pack_into(">I", data, times + 12 + 8 * entry, 0)
 
 
+def forget_showing_times(data: bytearray) -> None:
+    """Take away what says that frames are shown in another order than decoded (8.6.1.3)."""
+    place = find_box(data, b"moov", b"trak", b"mdia", b"minf", b"stbl", b"ctts")
+    data[place - 4 : place] = b"free"
+    place = find_box(data, b"moov", b"trak", b"edts")
+    data[place - 4 : place] = b"free"
+
+
+def break_matrix(data: bytearray) -> None:
+    """Make the display matrix as odd as can be: numbers without a positive counterpart."""
+    place = find_box(data, b"moov", b"trak", b"tkhd") + 40
+    struct.pack_into(">5i", data, place, -(1 << 31), 0, 0, 0, -(1 << 31))
+
+
 def scale_rate(factor: int, data: bytearray) -> None:
     """Change what Matroska says a frame lasts, in nanoseconds (DefaultDuration)."""
     place = data.index(b"\x23\xe3\x83\x84") + 4
@@ -335,6 +349,7 @@ CASES: dict[str, Case] = {
     "one frame.mkv": Case(video(num_frames=1), range(1)),
     "zero duration.mp4": Case(patched(functools.partial(scale_durations, 0)), ALL),
     "all frames at once.mp4": Case(patched(no_time_passes, b_frames=0), ALL, fps=None),
+    "no showing times.mp4": Case(patched(forget_showing_times), ALL),
     "ten times too long.mp4": Case(patched(functools.partial(scale_durations, 10)), ALL),
     "a tenth as long.mp4": Case(patched(functools.partial(scale_durations, Fraction(1, 10))), ALL),
     "wrong rate.mkv": Case(patched(functools.partial(scale_rate, 10)), ALL),
@@ -353,6 +368,7 @@ CASES: dict[str, Case] = {
     "rotated 90.mp4": Case(video(rotation=90), ALL),
     "rotated 180.mp4": Case(video(rotation=180), ALL),
     "rotated 270.mp4": Case(video(rotation=270), ALL),
+    "rotated and enlarged.mp4": Case(patched(break_matrix, rotation=180), ALL),
     "odd size.mp4": Case(video(size=(97, 75), pix_fmt="yuv444p"), ALL),
     "odd size.webm": Case(video(size=(97, 75), codec="libvpx-vp9"), ALL),
     "10 bit.mp4": Case(video(pix_fmt="yuv420p10le"), ALL),

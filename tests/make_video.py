@@ -136,9 +136,7 @@ def write_video(
     width, height = size if rotation % 180 == 0 else size[::-1]
     if faststart and path.suffix != ".avi":
         movflags += "+faststart"
-    with av.open(
-        str(path), "w", options={"movflags": movflags} if movflags else {}
-    ) as container:
+    with av.open(str(path), "w", options={"movflags": movflags} if movflags else {}) as container:
         stream = container.add_stream(codec, rate=rate, options=options)
         stream.width, stream.height = width, height
         stream.pix_fmt = pix_fmt or {"gif": "rgb8", "mjpeg": "yuvj420p"}.get(codec, "yuv420p")

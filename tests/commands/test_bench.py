@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from vidtrain.commands.bench import (
+from vidtrain.commands.bench import Measured, advise
+from vidtrain.data.timing import (
     Endless,
-    Measured,
     Watched,
-    advise,
     consume,
     decoded_frames,
     decoded_frames_at,

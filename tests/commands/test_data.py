@@ -182,9 +182,87 @@ def test_show_draws_what_the_model_gets(vidtrain, videos, tmp_path):
         (["action=check", "time_limit=soon"], "time_limit is 'soon'"),
         (["action=check", "output=nowhere/table.csv"], "there is no folder nowhere"),
         (["action=show", "output=."], "is a folder"),
+        (["action=resize"], "output is not set; add output=FOLDER"),
+        (["action=resize", "output=a", "resize.short_side=0"], "resize.short_side is 0"),
+        (["action=resize", "output=a", "resize.time_limit=0"], "resize.time_limit is 0"),
     ],
 )
 def test_a_mistake_is_one_line(vidtrain, tiny_dataset, words, message):
     result = vidtrain("data", *words, *SMALL, f"data.root={tiny_dataset}")
     assert result.code == 2
     assert message in result.err and len(result.err.splitlines()) == 1
+
+
+def test_a_packed_set_trains_tests_and_is_checked_from_a_url(vidtrain, tiny_dataset, tmp_path):
+    import fsspec
+
+    source = ("data=folder", f"data.root={tiny_dataset}")
+    packed = vidtrain("data", "action=pack", *source, f"output={tmp_path / 'packed'}")
+    assert packed.code == 0, packed.err
+    store = fsspec.filesystem("memory")
+    store.put(f"{tmp_path / 'packed'}/", "memory://clips/", recursive=True)
+    try:
+        data = ("data=packed", "data.root=memory://clips")
+        small = ("model=toy_3d_cnn", "clip.size=16", "clip.num_frames=4", "data.workers=1")
+        out = vidtrain(
+            "train", *data, *small, "trainer=cpu", "trainer.max_epochs=1", "logger=none",
+            "views.clips=2", "views.crops=1", "test=true", "paths.runs=runs",
+        )  # fmt: skip
+        assert out.code == 0, out.err
+        assert "on 6 of 6 videos" in out.out
+        checked = vidtrain("data", "action=check", *data)
+        assert checked.code == 0 and "36 of 36 files are sound" in checked.out, checked.out
+        assert "64x48 (100%)" in vidtrain("data", "action=stats", *data).out
+        shown = vidtrain("data", "action=show", *data, *small, "clips=2")
+        assert shown.code == 0, shown.err
+    finally:
+        store.rm("/clips", recursive=True)
+
+
+def test_a_resized_set_trains(vidtrain, videos, tmp_path):
+    (videos / "train" / "zebra" / "0.mp4").write_bytes(b"")
+    words = ["data", "action=resize", "data=folder", f"data.root={videos}", "data.workers=2"]
+    words += ["output=small", "resize.short_side=32"]
+    result = vidtrain(*words)
+    assert result.code == 1, result.err
+    assert "unusable: train/zebra/0.mp4: empty file (0 bytes)" in result.out
+    assert "35 videos made, 0 there before, 1 unusable" in result.out
+    assert "to use them: data=folder data.root=small" in result.out
+    assert "measured on 16 of 35 files" in result.out
+    assert cells(result.out, "files") == ["35", "35", ""]
+    before, after, share = cells(result.out, "MB")
+    assert float(share.split()[0]) == pytest.approx(float(after) / float(before), rel=0.5)
+    assert cells(result.out, "clips/s")[2].endswith("x")
+    write_video(videos / "train" / "zebra" / "0.mp4", 12, size=(64, 48))
+    result = vidtrain(*words)
+    assert result.code == 0, result.err
+    assert "1 videos made, 35 there before, 0 unusable" in result.out
+    small = ("data=folder", "data.root=small", "data.workers=1")
+    assert "64x48" not in vidtrain("data", "action=stats", *small).out
+    trained = vidtrain(
+        "train", "model=toy_3d_cnn", "clip.size=16", "clip.num_frames=4", *small, "trainer=cpu",
+        "trainer.max_epochs=1", "logger=none", "views.clips=2", "views.crops=1", "test=true",
+    )  # fmt: skip
+    assert trained.code == 0, trained.err
+    assert "on 6 of 6 videos" in trained.out
+
+
+def test_a_resized_set_is_read_by_its_own_annotations(vidtrain, tmp_path):
+    root = tmp_path / "ucf"
+    lists = {"trainlist01.txt": "Run/v_Run_g02_c01.avi 1\nSit/v_Sit_g02_c01.avi 2\n"}
+    lists |= {"testlist01.txt": "Run/v_Run_g01_c01.avi\n", "classInd.txt": "1 Run\n2 Sit\n"}
+    (root / "ucfTrainTestlist").mkdir(parents=True)
+    for name, text in lists.items():
+        (root / "ucfTrainTestlist" / name).write_text(text)
+    for name in ("Run/v_Run_g01_c01", "Run/v_Run_g02_c01", "Sit/v_Sit_g02_c01"):
+        (root / "UCF-101" / name).parent.mkdir(parents=True, exist_ok=True)
+        write_video(root / "UCF-101" / f"{name}.avi", 20, codec="mpeg4", fps=25)
+    ucf = ("data=ucf101", "data.num_classes=2", "data.workers=2")
+    result = vidtrain("data", "action=resize", *ucf, f"data.root={root}", "output=small")
+    assert result.code == 0, result.err
+    assert "or this dataset's own config with data.root=small" in result.out
+    found = vidtrain("data", "action=prepare", *ucf, "data.root=small")
+    assert "ucf101: 3 rows, 2 classes" in found.out, found.err
+    assert cells(found.out, "train")[0] == "2" and cells(found.out, "test")[0] == "1"
+    found = vidtrain("data", "action=prepare", "data=folder", "data.root=small")
+    assert "folder: 3 rows, 2 classes" in found.out, found.err

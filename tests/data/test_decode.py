@@ -210,6 +210,10 @@ def test_an_index_of_another_file_does_no_harm(tmp_path: Path) -> None:
         other = reader.index
     with open_video(path, index=other) as reader:
         assert read_numbers(reader.frames([17, 30])) == [17, 30]
+    with open_video(write_video(tmp_path / "c.avi", COUNT, codec="mpeg4")) as reader:
+        other = reader.index
+    with open_video(path, index=other) as reader:
+        assert read_numbers(reader.frames([17, 30])) == [17, 30]
 
 
 @pytest.mark.parametrize("file", ["a.mp4", "a.avi"])

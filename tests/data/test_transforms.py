@@ -5,7 +5,12 @@ import pytest
 import torch
 
 from vidtrain.data.transforms import sample as geometry
-from vidtrain.data.transforms.device import DeviceTransform, gather_views, jitter_colors
+from vidtrain.data.transforms.device import (
+    DeviceTransform,
+    gather_views,
+    jitter_colors,
+    mean_grey,
+)
 from vidtrain.data.transforms.sample import Augment, Geometry
 from vidtrain.types import UserError
 
@@ -38,8 +43,8 @@ def test_random_geometry_stays_inside_and_covers_the_frame():
     for augment in (Augment(scale=[1.0, 1.5]), Augment(area=[0.2, 1.0]), Augment()):
         boxes = [geometry.random_geometry(90, 120, 64, augment, rng) for _ in range(300)]
         for box in boxes:
-            assert 0 <= box.top and box.top + box.height <= 90
-            assert 0 <= box.left and box.left + box.width <= 120
+            assert box.top >= 0 and box.top + box.height <= 90
+            assert box.left >= 0 and box.left + box.width <= 120
             assert not box.flip
     assert boxes[0] == Geometry(0, 15, 90, 90, False)  # no augmentation: the middle square
     sides = [
@@ -110,11 +115,14 @@ def test_device_transform_normalises_and_swaps_time_and_colour_once():
 def test_colours_change_in_training_alone_and_alike_over_a_clip():
     video = (torch.rand(4, 1, 1, 3, 5, 5) * 255).to(torch.uint8).expand(4, 1, 6, 3, 5, 5)
     factors = torch.tensor([1.2, 0.8, 1.3]).view(3, 1, 1).expand(3, 4, 1)
-    out = jitter_colors(video.transpose(2, 3).float(), factors)
+    out = jitter_colors(video.transpose(2, 3).float(), factors, mean_grey(video))
     assert out.min() >= 0 and out.max() <= 255
     torch.testing.assert_close(out[:, :, :, :1].expand_as(out), out)
-    same = jitter_colors(video.transpose(2, 3).float(), torch.ones(3, 4, 1))
+    same = jitter_colors(video.transpose(2, 3).float(), torch.ones(3, 4, 1), mean_grey(video))
     torch.testing.assert_close(same, video.transpose(2, 3).float())
+    luma = torch.tensor([0.299, 0.587, 0.114]).view(1, 1, 1, 3, 1, 1)
+    grey = (video.float() * luma).sum(3).mean((2, 3, 4))
+    torch.testing.assert_close(mean_grey(video), grey)
     transform = DeviceTransform([0] * 3, [1] * 3, color=0.4)
     plain = transform.eval()({"video": video})["video"]
     torch.testing.assert_close(plain.transpose(2, 3), video.float() / 255)

@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -308,9 +309,16 @@ def resize(cfg: DictConfig, data: Any, console: Console) -> int:
     # A table of one's own names files with their endings: it is replaced by the one that is written.
     own = str(cfg.data.prepare._target_).startswith("vidtrain.data.prepare.folder")
     lists = [] if own else [Path(path) for path, *_ in annotation_files(data.root, {})]
-    try:
-        with Progress(console=Console(stderr=True)) as bar:
-            task = bar.add_task("resize", total=None)
+    bar = Progress(console=Console(stderr=True))
+    task = bar.add_task("resize")
+    with ExitStack() as shown:
+
+        def tell(done: int, total: int) -> None:
+            if not bar.live.is_started:  # not before mistakes in the settings are out of the way
+                shown.enter_context(bar)
+            bar.update(task, completed=done, total=total)
+
+        try:
             outcome = resizing.resize(
                 data.manifest,
                 cfg.split,
@@ -319,11 +327,12 @@ def resize(cfg: DictConfig, data: Any, console: Console) -> int:
                 [path for path in lists if path.is_file()],
                 max(1, data.workers),
                 float(seconds),
-                lambda done, total: bar.update(task, completed=done, total=total),
+                tell,
             )
-    except KeyboardInterrupt:
-        print("\nwhat is done stays; the same command goes on with the rest", file=sys.stderr)
-        raise
+        except KeyboardInterrupt:
+            shown.close()
+            print("what is done stays; the same command goes on with the rest", file=sys.stderr)
+            raise
     for path, reason, _ in outcome.failed:
         console.print(f"unusable: {path}: {reason}", style="red", markup=False, soft_wrap=True)
     print_gain(console, data.manifest.root, output, outcome)
@@ -349,11 +358,7 @@ def print_gain(console: Console, root: str, output: Path, outcome: Any) -> None:
     timed = [pairs[i] for i in sample_of(len(pairs), min(TIMED, len(pairs)))]
     before, after = cpu_per_clip(timed)
     sizes = [sum(map(bytes_of, side)) / 1e6 for side in zip(*pairs, strict=True)]
-    table = Table(
-        title=f"a clip: {CLIP.num_frames} random frames, {CLIP.stride} apart, decoded and cropped;"
-        f" CPU of one core, {len(timed)} of {len(pairs)} files measured",
-        title_justify="left",
-    )
+    table = Table()
     for head in ("", "before", "after", ""):
         table.add_column(head, justify="right" if head else "left")
     table.add_row("files", str(len(pairs)), str(len(pairs)))
@@ -363,6 +368,13 @@ def print_gain(console: Console, root: str, output: Path, outcome: Any) -> None:
     )
     table.add_row("clips/s", f"{1 / before:.1f}", f"{1 / after:.1f}", f"{before / after:.1f}x")
     console.print(table)
+    console.print(
+        f"a clip: {CLIP.num_frames} frames {CLIP.stride} apart, at random, decoded and cropped; CPU of"
+        f" one core, measured on {len(timed)} of {len(pairs)} files",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
     sounds = Counter(made.sound for made in outcome.videos.values() if made.sound)
     for sound, count in sorted(sounds.items()):
         console.print(f"sound of {count} files: {sound}", markup=False, highlight=False)

@@ -118,7 +118,7 @@ class _Timing(NamedTuple):
 def _encode_pictures(
     reader: VideoReader, target: str, settings: Settings, size: tuple[int, int]
 ) -> None:
-    fps = Fraction(reader.fps).limit_denominator(100_000)
+    fps = Fraction(reader.fps).limit_denominator(1001)
     timing = _Timing(list(range(len(reader))), 1 / fps, 1, Fraction(0), None)
     with _open_target(target) as out:
         video = _Video(out, settings, size, timing)
@@ -175,7 +175,7 @@ def _timing(container: InputContainer, index: FrameIndex, fps: float) -> _Timing
     ]
     bit_rate = 8 * sum(size for *_, size in packets) * fps / len(index.order)
     begin = max(Fraction(0), Fraction(container.start_time or 0, av.time_base))
-    rate = Fraction(fps).limit_denominator(100_000)
+    rate = Fraction(fps).limit_denominator(1001)
     for column in (0, 1):
         times = [packets[place][column] for place in index.order]
         if None not in times and all(a < b for a, b in pairwise(times)):
@@ -271,9 +271,9 @@ class _Video:
         if settings.tune is not None:
             options["tune"] = settings.tune
         if settings.tune == "fastdecode":
-            # Five pictures of six that no other refers to: a clip leaves out those it does not
+            # Seven pictures of eight that no other refers to: a clip leaves out those it does not
             # want. And no bits for what pleases the eye alone, since bits are decoding time.
-            options |= {"bf": "5", "b_strategy": "0", "b-pyramid": "none", "psy": "0"}
+            options |= {"bf": "7", "b_strategy": "0", "b-pyramid": "none", "psy": "0"}
         if timing.bit_rate is not None:
             before = source.codec_context.width * source.codec_context.height or 1
             # fewer pixels need more bits each
@@ -287,11 +287,8 @@ class _Video:
         self.stream.width, self.stream.height, self.stream.pix_fmt = *size, "yuv420p"
         self.stream.time_base = timing.step
         codec = self.stream.codec_context
-        codec.time_base, codec.gop_size, codec.thread_count = (
-            timing.step,
-            settings.keyframe_every,
-            1,
-        )
+        codec.time_base, codec.gop_size = timing.step, settings.keyframe_every
+        codec.thread_count = 1  # workers fill the cores
         codec.color_range = ColorRange.MPEG
         if source is not None:
             self._describe(codec, source)
@@ -364,7 +361,11 @@ class _Convert(_Copy):
         self.shift = round(start / source.time_base)
 
     def take(self, packet: av.Packet) -> None:
-        for frame in packet.decode():
+        try:
+            frames = packet.decode()
+        except av.error.InvalidDataError:
+            return  # a moment of silence
+        for frame in frames:
             if frame.pts is not None:
                 frame.pts -= self.shift
             self.out.mux(self.track.encode(frame))

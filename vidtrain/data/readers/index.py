@@ -19,6 +19,8 @@ import numpy as np
 from vidtrain.data.readers import bitstream
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from av.container import InputContainer
     from av.video.stream import VideoStream
 
@@ -70,20 +72,27 @@ class FrameIndex:
     fps: float = 25.0
     size: tuple[int, int] = (0, 0)
     ranks: np.ndarray = field(init=False)  # (P,) int32: `order` turned round; -1: not shown
+    lacks: bool = field(init=False)  # some frames are lost
 
     def __post_init__(self) -> None:
         """Turn the order round."""
         self.ranks = np.full(len(self.pos), -1, np.int32)
         there = np.flatnonzero(self.order >= 0)
+        self.lacks = len(there) < len(self.order)
         # three times as fast with these types, and a stored index is little else than this
         self.ranks[self.order[there].astype(np.intp)] = there.astype(np.int32)
 
     def start_for(self, rank: int) -> tuple[int, int]:
         """Return the packet to decode frame `rank` from, and the first good frame from there on."""
-        place = int(np.searchsorted(self.key_ranks, rank, side="right")) - 1
-        if place < 0 or self.keys[place] > self.order[rank]:
-            return 0, 0
-        return int(self.keys[place]), int(self.key_ranks[place])
+        return self.starts_for([rank])[0]
+
+    def starts_for(self, ranks: Sequence[int]) -> list[tuple[int, int]]:
+        """Return `start_for` of each."""
+        at = np.searchsorted(self.key_ranks, ranks, side="right") - 1
+        keys, firsts = self.keys[at], self.key_ranks[at]
+        whole = (at < 0) | (keys > self.order[list(ranks)])
+        keys, firsts = np.where(whole, 0, keys), np.where(whole, 0, firsts)
+        return list(zip(keys.tolist(), firsts.tolist(), strict=True))
 
     def as_played(self, order: np.ndarray, intra: set[int]) -> FrameIndex:
         """Return the index as decoding the whole file found it to be.
@@ -100,7 +109,7 @@ class FrameIndex:
         else:
             played.key_ranks = played.ranks[played.keys]
         ranks = played.key_ranks
-        if len(ranks) == 0 or ranks[0] != 0 or (np.diff(ranks) < 0).any():
+        if len(ranks) == 0 or ranks[0] < 0 or (np.diff(ranks) < 0).any():
             played.keys, played.key_ranks = np.zeros(1, np.int32), np.zeros(1, np.int32)
         return played
 
@@ -153,9 +162,18 @@ def read_index(container: InputContainer, stream: VideoStream, head: bytes = b""
             order = order[:-1]  # frames shown before the last one may be among the lost
     else:
         order, keys, certain = _order_by_time(packets, codec, bool(missing))
-        # where a container keeps no presentation times, libav makes them up, rising
-        certain &= not (delayed and not is_mov and bool((np.diff(packets.pts) > 0).all()))
+        # where a container keeps no presentation times, or whoever wrote it did not know them,
+        # they are the decoding times
+        rising = delayed and bool((np.diff(packets.pts) > 0).all())
+        certain &= not (rising and (not is_mov or _skippable(packets, codec).any()))
     key_ranks = _first_good_ranks(packets, order, keys, by_time=not is_avi)
+    by_pts = is_mov or "matroska" in formats
+    first, second = (packets.pts, packets.dts) if by_pts else (packets.dts, packets.pts)
+    seek = np.where(first == NO_TIME, second, first)
+    # mov and avi have a list of their packets; elsewhere one may be lost and leave only a gap
+    gap = not (is_mov or is_avi) and _has_gap(seek)
+    if gap and not by_pts:  # the others are made to be sent, and gaps have no other cause
+        certain, keys, key_ranks = False, keys[:1], key_ranks[:1]
     # whatever does not begin with a keyframe, and show it first, begins in the middle of something
     certain &= keep > 0 and bool(packets.key[0]) and bool((packets.size > 0).all())
     if len(keys) == 0 or key_ranks[0] > 0 or (np.diff(key_ranks) < 0).any():
@@ -163,13 +181,11 @@ def read_index(container: InputContainer, stream: VideoStream, head: bytes = b""
 
     hidden = int(packets.discard.sum())
     lost = np.full(max(0, total - hidden - len(order)), -1)
-    by_pts = is_mov or "matroska" in formats
-    first, second = (packets.pts, packets.dts) if by_pts else (packets.dts, packets.pts)
-    seek = np.where(first == NO_TIME, second, first)
     return FrameIndex(
         pos=packets.pos,
         seek=seek,
-        skippable=_skippable(packets, codec),
+        # what a decoder makes up for a lost reference hangs on all that it has decoded
+        skippable=_skippable(packets, codec) & (not gap),
         order=np.concatenate([order, lost]).astype(np.int32),
         keys=keys.astype(np.int32),
         key_ranks=key_ranks.astype(np.int32),
@@ -204,6 +220,8 @@ def _frame_rate(stream: VideoStream, times: np.ndarray) -> float:
 
 def _read_packets(container: InputContainer, stream: VideoStream) -> tuple[Packets, bool]:
     """Return the packets, and whether an error ended them before the file did."""
+    from av.error import FFmpegError  # here: who only holds an index needs no libav
+
     codec = stream.codec_context.name
     length_size = bitstream.h264_length_size(stream.codec_context.extradata)
     rows = []
@@ -212,8 +230,10 @@ def _read_packets(container: InputContainer, stream: VideoStream) -> tuple[Packe
     while True:
         try:
             packet = next(demuxed, None)
-        except (OSError, ValueError):  # what PyAV's errors are made of
+        except (FFmpegError, OSError, ValueError):
             fault = True
+            break
+        except IndexError:  # PyAV's, at the end, where streams have turned up on the way
             break
         if packet is None:
             break
@@ -326,6 +346,12 @@ def _first_good_ranks(
     ranks = np.full(len(packets.pts), len(order))
     ranks[order] = np.arange(len(order))
     return ranks[keys]
+
+
+def _has_gap(times: np.ndarray) -> bool:
+    """Tell whether somewhere more time passes than mostly does."""
+    gaps = np.diff(np.sort(times))
+    return len(gaps) > 0 and bool(gaps.max() > 1.5 * np.median(gaps))
 
 
 def _skippable(packets: Packets, codec: str) -> np.ndarray:

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
 av.logging.set_level(None)  # nothing on stderr: what is wrong is in the exceptions
 
-LIBAV_ERRORS = (av.error.FFmpegError, OSError, ValueError)
+# IndexError: at the end of a file where streams turn up on the way
+LIBAV_ERRORS = (av.error.FFmpegError, OSError, ValueError, IndexError)
 # Playlists, scripts and numbered pictures make libav read other files, or fetch them from anywhere
 OWN_DATA_ONLY = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "file"}
 MAX_PIXELS = 1 << 27  # of a frame (16K has 133 million): a few bytes may claim any size
@@ -91,8 +92,9 @@ class PyAVReader:
         self._reading: Generator[av.Packet, None, None] | None = None
         self._played = False  # decoded from end to end
         self._plain = False  # read from the beginning each time, since the index did not hold
-        # an mp4 file says all that is needed before its first packet
-        self._known = index is not None and index.container.startswith("mov")
+        self._known = (
+            index.container.split(",")[0] if index is not None else ""
+        )  # as long as it holds
         self._open()
         try:
             self.container = self._container.format.name
@@ -233,7 +235,7 @@ class PyAVReader:
                     done += 1
                 return
             except _Odd:
-                self._plain, self._known = True, False
+                self._plain, self._known = True, ""
             if not self._played:
                 self._play_through()
             self._refuse_damaged(wanted)
@@ -282,15 +284,22 @@ class PyAVReader:
     def _open(self) -> None:
         self._container = self._stream = self._codec = None
         source = self._source
+        # an mp4 file says all that is needed before its first packet
+        options = NO_PROBING if self._known == "mov" else BOUNDED
         try:
             self._container = av.open(
                 # "file:" keeps libav from taking a name such as "a:b.mp4" for an address
                 io.BytesIO(source) if isinstance(source, bytes) else f"file:{source}",
+                format=self._known or None,
                 metadata_errors="ignore",
                 container_options=OWN_DATA_ONLY,
-                options=NO_PROBING if self._known else BOUNDED,
+                options=options,
             )
         except LIBAV_ERRORS as error:
+            if self._known:  # it is another file by now
+                self._known = ""
+                self._open()
+                return
             raise DecodeError(self.path, why_not_video(source, error)) from None
         try:
             self._stream = self._choose_stream()
@@ -303,7 +312,9 @@ class PyAVReader:
         self._codec = self._stream.codec_context
         self._codec.thread_type = "NONE"  # workers fill the cores; threads in each only cost
         self._codec.thread_count = 1
-        self._codec.options = BOUNDED
+        # mpeg and h264 mark frames that they made up in part; mjpeg has to be told to fail
+        strict = {"err_detect": "explode"} if self._codec.name == "mjpeg" else {}
+        self._codec.options = BOUNDED | strict
         self._fresh = True
 
     def _choose_stream(self) -> av.VideoStream:
@@ -357,7 +368,7 @@ class PyAVReader:
             _Odd: it did not hold.
         """
         places = self.index.order[wanted].tolist()
-        starts = [self.index.start_for(rank) for rank in wanted]
+        starts = self.index.starts_for(wanted)
         done = 0
         while done < len(wanted):
             (start, first), stop, run = starts[done], places[done], done
@@ -365,51 +376,61 @@ class PyAVReader:
             while done < len(wanted) and starts[done][0] <= stop:
                 stop = max(stop, places[done])
                 done += 1
-            yield from self._decode_run(start, stop, first, set(wanted[run:done]))
+            yield from self._decode_run(start, stop, first, wanted[run:done])
 
     def _decode_run(
-        self, start: int, stop: int, first: int, left: set[int]
+        self, start: int, stop: int, first: int, wanted: list[int]
     ) -> Iterator[av.VideoFrame]:
-        fed: set[int] = set()
+        left, fed = set(wanted), set[int]()
+        ranks = self.index.ranks[start : stop + 1].tolist()
         expected = first
-        for frame in self._feed(start, stop, frozenset(left), fed):
-            rank = self._rank_of(frame)
+        for frame in self._feed(start, stop, wanted, fed):
+            place = frame.pts
+            if place is None or not start <= place <= stop:
+                raise _Odd
+            rank = ranks[place - start]
             if rank < first:
                 continue  # it looks behind the keyframe that decoding began with
             while expected < rank and expected not in fed:
                 expected += 1
-            if rank != expected or frame.is_corrupt:
+            # what is shown after the last wanted frame may be what that is made from
+            if frame.is_corrupt or (rank != expected and left):
                 raise _Odd
             expected += 1
             if rank in left:
                 yield frame
                 left.remove(rank)
-                if not left:
-                    return
-        raise _Odd
+        if left:
+            raise _Odd
 
     def _feed(
-        self, start: int, stop: int, wanted: frozenset[int], fed: set[int]
+        self, start: int, stop: int, wanted: list[int], fed: set[int]
     ) -> Iterator[av.VideoFrame]:
         """Decode the packets from `start` to `stop`, but for those that can be left out."""
         index = self.index
         place, packets = self._go_to(start)
+        needed = ~index.skippable[place : stop + 1]
+        needed[: start - place] = False
+        needed[index.order[wanted] - place] = True
         offsets = index.pos[place : stop + 1].tolist()
         ranks = index.ranks[place : stop + 1].tolist()
-        skippable = index.skippable[place : stop + 1].tolist()
+        decode = self._codec.decode
+        expected = zip(offsets, ranks, needed.tolist(), strict=True)
         try:
-            for at, packet in enumerate(itertools.islice(packets, len(offsets))):
-                if offsets[at] != (-1 if packet.pos is None else packet.pos):
+            for at, (offset, rank, is_needed) in enumerate(expected, place):
+                packet = next(packets, None)
+                if packet is None:
+                    break
+                if offset != packet.pos and (offset >= 0 or packet.pos is not None):
                     raise _Odd  # not the packet that the index means
-                rank = ranks[at]
-                if place + at < start or (skippable[at] and rank not in wanted):
+                if not is_needed:
                     continue
                 if packet.is_corrupt:
                     raise _Odd
                 fed.add(rank)
-                packet.pts = packet.dts = place + at
-                yield from self._codec.decode(packet)
-            yield from self._codec.decode(None)
+                packet.pts = packet.dts = at
+                yield from decode(packet)
+            yield from decode(None)
         except LIBAV_ERRORS:
             raise _Odd from None
 
@@ -443,12 +464,6 @@ class PyAVReader:
         if self._reading is not None:
             self._reading.close()
             self._reading = None
-
-    def _rank_of(self, frame: av.VideoFrame) -> int:
-        place = frame.pts
-        if place is None or not 0 <= place < len(self.index.ranks):
-            raise _Odd
-        return int(self.index.ranks[place])
 
     def _play_through(self) -> None:
         """Decode everything as a player would; note what does not decode, mend the index by it."""
@@ -526,6 +541,8 @@ class PyAVReader:
         if wanted and wanted[-1] >= len(self):
             reason = f"shows {len(self)} frames, fewer than its index promises"
             raise DecodeError(self.path, reason)
+        if not self._faults and not self.index.lacks:
+            return
         for rank in wanted:
             reason = self._fault_of(rank)
             if reason:
@@ -536,13 +553,17 @@ class PyAVReader:
         place = int(self.index.order[rank])
         if place < 0:
             return self.index.missing
-        start = self.index.start_for(rank)[0]
+        if not self._faults:
+            return None
+        start, first = self.index.start_for(rank)
         for fault in self._faults[bisect.bisect_left(self._faults, start) :]:
             if fault == place:
                 return "its data is damaged"
             if fault > place:
                 break
-            if not self.index.skippable[fault]:
+            # nor do later frames look at what looks behind the keyframe
+            leading = 0 <= self.index.ranks[fault] < first
+            if not self.index.skippable[fault] and not leading:
                 return "it is made from frames that are damaged"
         return None
 
@@ -559,7 +580,7 @@ def _read_turn(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
         return quarters % 2 == 1, quarters in (1, 2), quarters in (2, 3)
     if data is None:
         return False, False, False
-    a, b, _, c, d, *_ = np.frombuffer(data, np.int32)
+    a, b, _, c, d, *_ = np.frombuffer(data, np.int32).tolist()
     if abs(b) > abs(a):
         return True, bool(c < 0), bool(b < 0)
     return False, bool(a < 0), bool(d < 0)

@@ -59,7 +59,15 @@ class Sheet:
         self.like = _kind(like)
         self.tall = av.VideoFrame(self.width, self.height * count, like.format.name)
         self.tall.colorspace, self.tall.color_range = like.colorspace, like.color_range
-        self.planes = _planes(self.tall)
+        shapes = [(count, self.height >> s, -1) for s in (0, 1, 1)]
+        self.planes = [
+            plane.reshape(shape)[..., : self.width >> s]
+            for plane, shape, s in zip(_planes(self.tall), shapes, (0, 1, 1), strict=True)
+        ]
+        self.cuts = [
+            tuple(slice(part.start >> s, part.stop >> s) for part in (self.rows, self.columns))
+            for s in (0, 1, 1)
+        ]
 
     def is_full(self) -> bool:
         """Tell whether all frames are in."""
@@ -69,13 +77,8 @@ class Sheet:
         """Copy the wanted part of a frame; False where it is not like the others."""
         if self.tall is None or _kind(frame) != self.like:
             return False
-        for shift, to, source in zip((0, 1, 1), self.planes, _planes(frame), strict=True):
-            height = self.height >> shift
-            start = self.taken * height
-            to[start : start + height, : self.width >> shift] = source[
-                self.rows.start >> shift : self.rows.stop >> shift,
-                self.columns.start >> shift : self.columns.stop >> shift,
-            ]
+        for to, source, cut in zip(self.planes, _planes(frame), self.cuts, strict=True):
+            to[self.taken] = source[cut]
         self.taken += 1
         return True
 

@@ -36,26 +36,38 @@ def gather_views(frames: Tensor, view_frames: Tensor, view_crops: np.ndarray) ->
     return crops[view_frames, :, top, left]
 
 
-def jitter_colors(video: Tensor, factors: Tensor) -> Tensor:
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+
+
+def mean_grey(video: Tensor) -> Tensor:
+    """Average the luma of each view: `(B, V, T, C, H, W)` uint8 -> `(B, V)`, 0 to 255."""
+    colors = video.mean((2, 4, 5), dtype=torch.float32)  # (B, V, C)
+    grey: Tensor = (colors * colors.new_tensor(LUMA)).sum(-1)
+    return grey
+
+
+def jitter_colors(video: Tensor, factors: Tensor, grey: Tensor) -> Tensor:
     """Change brightness, contrast and saturation of each view, all its frames alike.
 
     Args:
         video: `(B, V, C, T, H, W)` float in 0 to 255.
         factors: `(3, B, V)`, of brightness, contrast and saturation; 1 leaves them.
+        grey: `(B, V)`, what contrast is stretched around, see `mean_grey`.
     """
     brightness, contrast, saturation = factors[..., None, None, None, None]
-    video = video * brightness
-    luma = video.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1, 1)  # ITU-R BT.601
-    grey = (video * luma).sum(2, keepdim=True)
-    mean = grey.mean((2, 3, 4, 5), keepdim=True)
-    video = mean + (video - mean) * contrast
-    grey = (video * luma).sum(2, keepdim=True)
-    video = grey + (video - grey) * saturation
-    return video.clamp(0, 255)
+    middle = grey[..., None, None, None, None] * brightness
+    video = middle + (video * brightness - middle) * contrast
+    luma = video.new_tensor(LUMA).view(3, 1, 1, 1)
+    own = (video * luma).sum(2, keepdim=True)
+    return (own + (video - own) * saturation).clamp(0, 255)
 
 
 def to_float(
-    video: Tensor, scale: Tensor, shift: Tensor, factors: Tensor | None, weight: Tensor | None
+    video: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    colors: tuple[Tensor, Tensor] | None,
+    weight: Tensor | None,
 ) -> Tensor:
     """Do all that changes pixels; a GPU does it in one pass, compiled.
 
@@ -63,7 +75,7 @@ def to_float(
         video: `(B, V, T, C, H, W)` uint8.
         scale: `(C, 1, 1, 1)`, what pixels are multiplied by ...
         shift: `(C, 1, 1, 1)`, ... and what is added.
-        factors: of colours, see `jitter_colors`; None leaves them.
+        colors: factors and mean grey for `jitter_colors`; None leaves them.
         weight: `(H, W)`, what a clip keeps of itself, see `mixing`; None mixes nothing.
 
     Returns:
@@ -71,8 +83,8 @@ def to_float(
     """
     # Bytes are moved, not floats, and what follows is done in place: on a CPU, a sixteenth of the time.
     pixels = video.transpose(2, 3).contiguous().float()
-    if factors is not None:
-        pixels = jitter_colors(pixels, factors)
+    if colors is not None:
+        pixels = jitter_colors(pixels, *colors)
     if weight is not None:
         pixels = pixels * weight + pixels.flip(0) * (1 - weight)
     return pixels.mul_(scale).add_(shift)
@@ -147,11 +159,14 @@ class DeviceTransform(nn.Module):
         """Run `to_float` on the video's device, compiled where that works."""
         if self.scale.device != video.device:
             self.to(video.device)
-        factors, weight = (
-            None if part is None else part.to(video.device, non_blocking=True)
-            for part in (factors, weight)
-        )
-        arguments = (video, self.scale, self.shift, factors, weight)
+        colors = None
+        if (
+            factors is not None
+        ):  # a sum over pixels first: fused with the rest it costs all the gain
+            colors = factors.to(video.device, non_blocking=True), mean_grey(video)
+        if weight is not None:
+            weight = weight.to(video.device, non_blocking=True)
+        arguments = (video, self.scale, self.shift, colors, weight)
         if not self.wants_compiling(video.device):
             return to_float(*arguments)
         if self.fused is None:
