@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vidtrain.data import sampling
+from vidtrain.data.collate import Empty, plain_memory
 from vidtrain.data.manifest import Row
 from vidtrain.data.order import Key
 from vidtrain.data.sources import Sources
@@ -66,9 +67,12 @@ class VideoDataset(Dataset[Sample]):
     Attributes:
         watch: told row and path of each video before it is opened.
         lost: rows that count as unreadable, and why: what a worker died of.
+        empty: makes the memory for frames that come in pieces; a worker's is shared with the main
+            process, and not new each time.
     """
 
     watch: Callable[[int, str], None] | None = None
+    empty: Empty = staticmethod(plain_memory)
 
     def __init__(
         self,
@@ -272,7 +276,7 @@ class VideoDataset(Dataset[Sample]):
         """Make room for `(N, H, W, C)` bytes, as `(N, C, H, W)`."""
         if self.spill is not None and np.prod(shape) > self.spill_above:
             return Spill(shape, self.spill)
-        return torch.empty(shape, dtype=torch.uint8).permute(0, 3, 1, 2)
+        return self.empty(shape, torch.uint8).permute(0, 3, 1, 2)
 
     def region_of(self, height: int, width: int) -> Box:
         """Top, left, height and width of the part that counts, in pixels."""

@@ -63,7 +63,8 @@ class Loader:
     `lost` there is nothing to be done without the row: that is an error which names it.
 
     The dataset may have: `lost`, a dict from rows that must be treated as unreadable to reasons;
-    and `watch`, None or a function that it calls with (row, path) before it opens a row.
+    and `watch`, None or a function that it calls with (row, path) before it opens a row; and
+    `empty`, which is set to what collate is called with.
 
     Args:
         dataset: `dataset[key]` is a sample.
@@ -503,6 +504,9 @@ def _make(
         The size of the slot's memory, 0 where the main process has it already; where in it the
         batch's pickle begins; the length of that.
     """
+    slot.clear()
+    if hasattr(dataset, "empty"):
+        dataset.empty = slot.empty
     samples = []
     for key in keys:
         if batch < page[WANTED]:
@@ -511,7 +515,6 @@ def _make(
         _note(page, row if isinstance(row, int) else -1)
         samples.append(dataset[key])
     _note(page, -1)
-    slot.clear()
     offset, length = slot.pickle(collate(samples, slot.empty))
     return len(slot.memory) if slot.handle is not None else 0, offset, length
 

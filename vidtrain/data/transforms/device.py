@@ -42,8 +42,7 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 def mean_grey(video: Tensor) -> Tensor:
     """Average the luma of each view: `(B, V, T, C, H, W)` uint8 -> `(B, V)`, 0 to 255."""
     colors = video.mean((2, 4, 5), dtype=torch.float32)  # (B, V, C)
-    grey: Tensor = (colors * colors.new_tensor(LUMA)).sum(-1)
-    return grey
+    return (colors * colors.new_tensor(LUMA)).sum(-1)
 
 
 def jitter_colors(video: Tensor, factors: Tensor, grey: Tensor) -> Tensor:
@@ -59,7 +58,8 @@ def jitter_colors(video: Tensor, factors: Tensor, grey: Tensor) -> Tensor:
     video = middle + (video * brightness - middle) * contrast
     luma = video.new_tensor(LUMA).view(3, 1, 1, 1)
     own = (video * luma).sum(2, keepdim=True)
-    return (own + (video - own) * saturation).clamp(0, 255)
+    jittered: Tensor = (own + (video - own) * saturation).clamp(0, 255)
+    return jittered
 
 
 def to_float(
