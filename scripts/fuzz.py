@@ -155,16 +155,20 @@ def misread(path: str, chance: random.Random) -> str | None:
                     index = fresh.index  # type: ignore[attr-defined]
                     asked.append((rank, int(index.order[rank]), picture))
             damaged = reader.check().reason  # type: ignore[attr-defined]
+            count = len(reader)  # now that it has seen them
     except DecodeError:
         return None
     played, fault, orderly = play(path)
     shown = sorted(played, key=lambda place: played[place][0])
-    if fault is None and orderly and not damaged and shown != index.order.tolist():
-        return f"{count} frames, of which a plain decode has {len(shown)}, or in another order"
+    sound = fault is None and orderly and not damaged
+    if sound and count != len(shown):
+        return f"{count} frames, of which a plain decode has {len(shown)}"
     for rank, place, picture in asked:
         if place not in played:
             continue
         _, corrupt, frame = played[place]
+        if sound and shown.index(place) != rank:
+            return f"frame {rank} is number {shown.index(place)} of a plain decode"
         if corrupt:
             return f"frame {rank} is corrupt"
         seen = _seen(frame, index.turn)

@@ -426,3 +426,38 @@ def test_two_ranks_train_and_score_every_video_once(tiny_dataset, tmp_path):
     assert report["videos"] == {"asked": 6, "scored": 6, "failed": []}
     rows = read_csv(run / "predictions.csv")
     assert len({row["path"] for row in rows}) == len(rows) == 6
+
+
+@pytest.mark.parametrize("kind", ["ram", "disk"])
+def test_the_second_epoch_of_a_cached_set_decodes_nothing(
+    vidtrain, tiny_dataset, tmp_path, monkeypatch, kind
+):
+    from vidtrain.data import sources
+
+    opened, opener = [], sources.open_video
+    monkeypatch.setattr(
+        sources,
+        "open_video",
+        lambda path, *a, **k: opened.append(str(path)) or opener(path, *a, **k),
+    )
+    data = [*TINY, f"data.root={tiny_dataset}", f"data.cache={kind}", f"paths.cache={tmp_path}/c"]
+    out = vidtrain("train", *data, "trainer.max_epochs=3")
+    assert out.code == 0, out.err
+    assert len(opened) == len(set(opened)) == 24 + 6  # training and validation, each once
+    opened.clear()
+    again = vidtrain("train", *data, "trainer.max_epochs=1", "test=true")
+    assert "on 6 of 6 videos" in again.out
+    assert len(opened) == (6 if kind == "disk" else 24 + 6 + 6)  # kept from run to run, or not
+
+
+def test_scores_do_not_depend_on_whether_frames_fit_in_memory(trained, vidtrain, tmp_path):
+    scores = []
+    run, _ = trained
+    for memory in (512, 0):
+        out = vidtrain(
+            "test", f"ckpt={run}", f"views.memory={memory}", "views.clips=7",
+            f"output={tmp_path / str(memory)}", f"paths.cache={tmp_path}/c", "data.workers=1",
+        )  # fmt: skip
+        assert out.code == 0, out.err
+        scores.append((tmp_path / str(memory) / "predictions.csv").read_text())
+    assert scores[0] == scores[1]

@@ -3,8 +3,8 @@
     python tests/data/open_often.py DECODERS START COUNT FILE [FILE ...]
 
 DECODERS take turns. START is where the files are opened: `here`, or in a process started by `spawn`, or by `fork` after
-this one had opened some itself. Prints bytes of memory and open files, after a warm-up and
-after COUNT more opens.
+this one had opened some itself. Prints bytes of memory and open files, after a warm-up and after
+each of ROUNDS times COUNT more opens: memory may jump, but what leaks grows every time.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from vidtrain.data.decode import open_video
 from vidtrain.types import DecodeError
 
 WARM_UP = 200
+ROUNDS = 5
 
 
 def open_all(files: list[str], decoders: str, count: int) -> None:
@@ -47,14 +48,15 @@ def held() -> dict[str, int]:
 
 
 def measure(files: list[str], decoders: str, count: int, pipe: Connection | None = None) -> list:
-    """Return what is held before and after."""
+    """Return what is held before, and after each round."""
     import torch  # here: the process that only starts another does without
 
     torch.set_num_threads(1)  # as every loader does: a fork has none of the threads of before
     open_all(files, decoders, WARM_UP)
-    before = held()
-    open_all(files, decoders, count)
-    found = [before, held()]
+    found = [held()]
+    for _ in range(ROUNDS):
+        open_all(files, decoders, count)
+        found.append(held())
     if pipe is not None:
         pipe.send(found)
     return found

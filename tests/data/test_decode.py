@@ -130,6 +130,33 @@ def test_other_decoders_are_right_or_refuse(name: str, decoder: str, tmp_path: P
         assert name not in ("plain", "no B frames", "rotation 90", "rotation 270", "variable rate")
 
 
+@pytest.mark.parametrize(
+    ("file", "codec"),
+    [("a.mp4", "libx264"), ("a.ts", "libx264"), ("a.mp4", "libx265"), ("a.mkv", "libx265"),
+     ("a.mp4", "mpeg4"), ("a.avi", "mpeg4")],
+)  # fmt: skip
+def test_pictures_that_nobody_wants_are_not_decoded(
+    file: str, codec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_video(tmp_path / file, COUNT, codec=codec, b_frames=2, gop=250)
+    with open_video(path) as reader:
+        wanted = [
+            rank for rank in range(COUNT) if not reader.index.skippable[reader.index.order[rank]]
+        ]
+        assert len(wanted) < COUNT * 3 / 4
+        decoded = []
+        real = reader._feed
+
+        def feed(*arguments: Any) -> Any:
+            for frame in real(*arguments):
+                decoded.append(frame.pts)
+                yield frame
+
+        monkeypatch.setattr(reader, "_feed", feed)
+        assert read_numbers(reader.frames(wanted)) == wanted
+        assert len(decoded) == len(wanted)
+
+
 def test_frames_are_channels_last_uint8_rgb(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", 12, pattern="flat", numbers=[448 + i for i in range(12)])
     with open_video(path) as reader:

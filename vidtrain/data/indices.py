@@ -28,7 +28,7 @@ import numpy as np
 
 from vidtrain.data.readers.index import FrameIndex
 
-FORMAT = 1  # raised when this file's layout changes, or what `read_index` makes of a video
+FORMAT = 2  # raised when this file's layout changes, or what `read_index` makes of a video
 HEADER = struct.Struct("<16s16sQ")  # kind, version, slots
 KIND = b"vidtrain frames\n"
 TABLE = 64  # where the slots begin

@@ -135,6 +135,9 @@ class VideoDataModule(L.LightningDataModule):
             ("workers", 0 if workers == "auto" else workers, 0),
             ("prefetch", prefetch, 1),
         )
+        memory = views["memory"]
+        if not isinstance(memory, int) or isinstance(memory, bool) or memory < 0:
+            raise UserError(f"views.memory is {memory!r}; it must be a whole number of MiB")
         check_decoder(decoder)
         check_choice("cache", cache, ("none", "ram", "disk"))
         check_choice("start_method", start_method, (None, *mp.get_all_start_methods()))

@@ -28,7 +28,7 @@ def h264_look(packet: memoryview, length_size: int, keyframe: bool) -> H264Look:
     """Look at the heads of the NAL units of one packet."""
     data = bytes(packet)
     slices, reference, intra, damaged, parameters = 0, False, False, False, b""
-    for start, end in _h264_units(data, length_size):
+    for start, end in _nal_units(data, length_size):
         kind = data[start] & 0x1F
         if 1 <= kind <= 5:
             slices += 1
@@ -41,6 +41,27 @@ def h264_look(packet: memoryview, length_size: int, keyframe: bool) -> H264Look:
     return H264Look(slices > 0 and not reference, intra, damaged, parameters)
 
 
+def hevc_length_size(extradata: bytes | None) -> int:
+    """Return how many bytes hold the length of a NAL unit; 0 where start codes divide them."""
+    # the hvcC record begins with its version (ISO 14496-15, 8.3.3.1.2)
+    return (extradata[21] & 3) + 1 if extradata and len(extradata) > 22 and extradata[0] == 1 else 0
+
+
+def hevc_look(packet: memoryview, length_size: int) -> tuple[bool, int]:
+    """Look at the first slice of a packet of HEVC.
+
+    Returns:
+        Whether no picture of its own temporal sub-layer refers to it (nal_unit_type, ITU-T H.265
+        7.4.2.2), and which sub-layer that is. Pictures of higher ones may refer to it.
+    """
+    data = bytes(packet)
+    for start, end in _nal_units(data, length_size):
+        kind = data[start] >> 1 & 0x3F
+        if kind < 32 and end - start > 2:
+            return kind < 16 and kind % 2 == 0, (data[start + 1] & 7) - 1
+    return False, 0
+
+
 def _has_hole(data: bytes, start: int, end: int) -> bool:
     """Tell whether three zero bytes stand in a NAL unit, which they cannot (7.4.1).
 
@@ -51,7 +72,7 @@ def _has_hole(data: bytes, start: int, end: int) -> bool:
     return hole >= 0 and any(data[hole:end])
 
 
-def _h264_units(data: bytes, length_size: int) -> Iterator[tuple[int, int]]:
+def _nal_units(data: bytes, length_size: int) -> Iterator[tuple[int, int]]:
     size = len(data)
     if length_size:
         at = 0

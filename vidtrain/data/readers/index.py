@@ -123,7 +123,7 @@ class Packets(NamedTuple):
     size: np.ndarray
     key: np.ndarray
     discard: np.ndarray
-    looks: list  # into the bitstream: H264Look, MPEG-4 kinds, whether VP8 shows it
+    looks: list  # into the bitstream: H264Look, hevc_look, MPEG-4 kinds, whether VP8 shows it
 
 
 def read_index(container: InputContainer, stream: VideoStream, head: bytes = b"") -> FrameIndex:
@@ -224,6 +224,7 @@ def _read_packets(container: InputContainer, stream: VideoStream) -> tuple[Packe
 
     codec = stream.codec_context.name
     length_size = bitstream.h264_length_size(stream.codec_context.extradata)
+    hevc_length_size = bitstream.hevc_length_size(stream.codec_context.extradata)
     rows = []
     fault = False
     demuxed = container.demux(stream)
@@ -243,6 +244,8 @@ def _read_packets(container: InputContainer, stream: VideoStream) -> tuple[Packe
         look: object = None
         if codec == "h264":
             look = bitstream.h264_look(memoryview(packet), length_size, packet.is_keyframe)
+        elif codec == "hevc":
+            look = bitstream.hevc_look(memoryview(packet), hevc_length_size)
         elif codec == "mpeg4":
             look = bitstream.mpeg4_kinds(memoryview(packet))
         elif codec == "vp8":
@@ -357,6 +360,9 @@ def _has_gap(times: np.ndarray) -> bool:
 def _skippable(packets: Packets, codec: str) -> np.ndarray:
     if codec == "h264":
         return np.array([look.disposable for look in packets.looks], bool)
+    if codec == "hevc" and packets.looks:
+        highest = max(layer for _, layer in packets.looks)
+        return np.array([free and layer == highest for free, layer in packets.looks], bool)
     if codec == "mpeg4" and all(len(kinds) == 1 for kinds in packets.looks):
         # not where pictures share packets: one left out would take another with it
         return np.array([kinds == "B" for kinds in packets.looks], bool)
