@@ -221,6 +221,7 @@ def collate_odd(samples: list[dict[str, Any]], empty: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("memfd", [True, False])
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of torch 2.11
 def test_whatever_a_batch_holds_arrives(
     make: Callable[..., Loader], monkeypatch: pytest.MonkeyPatch, memfd: bool
 ) -> None:

@@ -159,7 +159,7 @@ class VideoDataModule(L.LightningDataModule):
         self.region, self.span = region, span
         self.multi_label, self.val_fraction = multi_label, val_fraction
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.workers = default_workers() if workers == "auto" else int(workers)
+        self.wanted_workers = workers
         self.decoder, self.on_error, self.max_failures = decoder, on_error, max_failures
         self.shuffle, self.drop_last, self.seed = shuffle, drop_last, seed
         self.prefetch, self.time_limit, self.start_method = prefetch, time_limit, start_method
@@ -176,6 +176,13 @@ class VideoDataModule(L.LightningDataModule):
         self._sources: Sources | None = None
         self._transform: DeviceTransform | None = None
         self._loaders: list[Loader] = []
+
+    @property
+    def workers(self) -> int:
+        """Decoding processes of this device."""
+        if self.wanted_workers != "auto":
+            return int(self.wanted_workers)
+        return default_workers(self.trainer.num_devices if self.trainer else 1)
 
     def manifest_path(self) -> Path:
         """Name the manifest by everything that decides what is in it."""
@@ -418,9 +425,14 @@ def check_choice(key: str, value: Any, choices: Sequence[Any]) -> None:
         raise UserError(f"data.{key} is {value!r}; it is one of {there}")
 
 
-def default_workers() -> int:
-    """One decoding process a core that we may use, at most 16."""
-    return min(16, cores())
+def default_workers(devices: int = 1) -> int:
+    """Say how many decoding processes a device gets: its share of the cores that we may use.
+
+    Of eight cores one is left over: when all decode, the process that feeds the device waits for a
+    core before each kernel that it launches (measured on 16 cores and one GPU, docs/BENCHMARKS.md).
+    """
+    share = cores() // devices
+    return max(1, min(32, share - share // 8))
 
 
 def start_worker(_: int) -> None:

@@ -172,6 +172,8 @@ def read_index(container: InputContainer, stream: VideoStream, head: bytes = b""
     seek = np.where(first == NO_TIME, second, first)
     # mov and avi have a list of their packets; elsewhere one may be lost and leave only a gap
     gap = not (is_mov or is_avi) and _has_gap(seek)
+    if not (by_pts or is_avi or "flv" in formats):
+        certain = False  # these do not keep to one picture a packet
     if gap and not by_pts:  # the others are made to be sent, and gaps have no other cause
         certain, keys, key_ranks = False, keys[:1], key_ranks[:1]
     # whatever does not begin with a keyframe, and show it first, begins in the middle of something
