@@ -52,7 +52,11 @@ class Outcome(NamedTuple):
         """Say it in one cell of the table."""
         counts = {"right": self.right, "refused": self.refused, "wrong": self.wrong}
         said = ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "refused"
-        said += f": {self.reason}" if self.reason else ""
+        reason = self.reason.replace(f"{self.decoder} may show wrong frames of", "of").split(
+            "; use"
+        )[0]
+        reason = reason if len(reason) < 80 else reason[:80].rsplit(" ", 1)[0] + " ..."
+        said += f": {reason}" if reason else ""
         return said + "".join(f" **{fault}**" for fault in self.faults[:3])
 
 

@@ -241,7 +241,7 @@ def share_cores() -> None:
 
     import torch
 
-    from vidtrain.data.module import cores
+    from vidtrain.data.crew import cores
 
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, cores() - 1))

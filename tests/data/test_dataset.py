@@ -15,7 +15,7 @@ from vidtrain.data.decode import open_video
 from vidtrain.data.indices import IndexStore
 from vidtrain.data.manifest import Row
 from vidtrain.data.sources import Sources
-from vidtrain.data.spill import Spill
+from vidtrain.data.spill import Spill, here
 from vidtrain.data.transforms import sample as geometry
 from vidtrain.data.transforms.device import DeviceTransform, gather_views
 from vidtrain.data.transforms.sample import Augment
@@ -137,9 +137,12 @@ def test_views_are_the_same_whether_frames_fit_in_memory_or_not(videos, how, tmp
 
 
 def test_what_killed_processes_left_is_cleared_away(tmp_path):
-    (tmp_path / f"frames-{2**22 + 1}-abc").write_bytes(b"left")  # above the largest process id
+    dead = 2**22 + 1  # above the largest process id
+    (tmp_path / f"frames-{here()}-{dead}-abc").write_bytes(b"left")
+    (tmp_path / f"frames-elsewhere-{dead}-abc").write_bytes(b"another machine's, on a shared disk")
     spill = Spill((2, 4, 4, 3), tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [spill.path.name]
+    names = {spill.path.name, f"frames-elsewhere-{dead}-abc"}
+    assert {path.name for path in tmp_path.iterdir()} == names
 
 
 def test_a_row_that_a_worker_died_of_counts_as_unreadable(videos):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -59,7 +60,8 @@ class Throughput(L.Callback):
     ) -> None:
         """Count the batch's clips."""
         self._skip = False
-        self._clips += len(batch["index"]) * trainer.world_size
+        if "video" in batch:  # (B, V, ...): each view is a sample of its own
+            self._clips += math.prod(batch["video"].shape[:2]) * trainer.world_size
         self._batch_ended = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -28,7 +28,7 @@ from rich.table import Table
 from vidtrain import build, config
 from vidtrain.commands.train import quieten
 from vidtrain.data.cache import SHARE_OF_DISK, SHARE_OF_MEMORY
-from vidtrain.data.module import cores
+from vidtrain.data.crew import cores
 from vidtrain.data.sources import Sources
 from vidtrain.data.timing import (
     Endless,

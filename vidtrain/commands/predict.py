@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -18,9 +17,9 @@ from rich.table import Table
 from vidtrain import build, checkpoint, config
 from vidtrain.data.collate import collate
 from vidtrain.data.dataset import VideoDataset
-from vidtrain.data.loader import Loader
+from vidtrain.data.loader import Loader, start_worker
 from vidtrain.data.manifest import Row
-from vidtrain.data.module import default_workers, start_worker
+from vidtrain.data.module import default_workers
 from vidtrain.data.order import EvaluationOrder
 from vidtrain.data.sources import Sources
 from vidtrain.data.transforms.device import DeviceTransform
@@ -95,7 +94,7 @@ def main(cfg: DictConfig) -> int:
         region=facts["region"],
         span=facts["span"],
         sources=Sources(cfg.decoder),
-        spill=Path(tempfile.gettempdir(), "vidtrain-spill"),
+        spill=Path(cfg.paths.cache).expanduser() / "spill",
         spill_above=merged.views.memory << 20,
     )
     workers = default_workers() if cfg.workers == "auto" else cfg.workers

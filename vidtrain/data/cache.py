@@ -56,7 +56,7 @@ COUNTS = struct.Struct("<qqq")  # bytes that may be used, bytes used, videos
 VIDEOS_NOTED = 1 << 20  # a byte each, by a hash; two that share one may be decoded once too often
 BUSY, LEFT_OUT, DAMAGED = 1, 2, 3  # what is noted of a video
 
-# Workers send their batches through /dev/shm, and die when it is full.
+# What is in /dev/shm is memory, and workers, batches and the network need some, too.
 SHARE_OF_MEMORY, SHARE_OF_DISK = 0.75, 0.95  # of what is free
 # A process that outlives ours, to clear away when it was killed: 20 GB in /dev/shm are 20 GB less
 # memory until somebody notices. It reads until we are gone and all our workers with us. Our lock

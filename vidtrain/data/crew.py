@@ -154,7 +154,7 @@ class _Worker:
             code = self.process.exitcode
             if not self.has_begun:
                 raise RuntimeError(f"a worker process did not start (exit code {code})")
-            self.result = Lost(self.job, _cause_of_death(code, self.culprit))
+            self.result = Lost(self.job, cause_of_death(code, self.culprit))
             return True
         left = self.time_left()
         if left is not None and left <= 0:
@@ -181,7 +181,8 @@ def _work(connection: Connection, function: Callable[[Any], Any]) -> None:
             connection.send(word)
 
 
-def _cause_of_death(exit_code: int | None, culprit: str) -> str:
+def cause_of_death(exit_code: int | None, culprit: str) -> str:
+    """Say in words what a process ended with; `None`: it did not."""
     if exit_code is None or exit_code >= 0:
         return f"{culprit} ended the process (exit code {exit_code})"
     if -exit_code == signal.SIGKILL:

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from vidtrain.data.crew import cause_of_death
 from vidtrain.types import UserError
 
 if TYPE_CHECKING:
@@ -276,12 +277,13 @@ class _Pool:
         code = worker.end(patience=0 if late_at else 5)
         self.workers.remove(worker)
         row = worker.at()[0]
-        cause = cause or _cause_of_death(code)
+        cause = cause or cause_of_death(code, "the decoder")
         if late_at and late_at != worker.at():
             pass  # it came to the end of it at the last moment
         elif row >= 0:
             self.deaths[row] += 1
-            innocent = not late_at and code is not None and -code in FROM_OUTSIDE
+            # Late: it may have been at something else with it, such as keeping all its frames.
+            innocent = late_at or (code is not None and -code in FROM_OUTSIDE)
             if not innocent or self.deaths[row] > 1:
                 self.lose(row, cause)
         elif not worker.made:
@@ -389,12 +391,18 @@ class _Worker:
         self.memory.clear()
 
 
-def _cause_of_death(exit_code: int | None) -> str:
-    if exit_code is None or exit_code >= 0:
-        return f"the decoder ended the process (exit code {exit_code})"
-    if exit_code == -signal.SIGKILL:
-        return "the process was killed (signal 9): out of memory, perhaps"
-    return f"the decoder crashed (signal {-exit_code})"
+STOP_GRACE = 30  # seconds a worker stays after SIGTERM, when the main process does not end it
+
+
+def start_worker(_: int) -> None:
+    """Keep a worker to one thread (the workers fill the cores by their number), slow to stop.
+
+    Ctrl-C and a scheduler's SIGTERM reach workers too. The main process ends its step, saves and
+    stops them; a worker that died at once would fail that step.
+    """
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(STOP_GRACE))
 
 
 _workers: weakref.WeakSet[_Worker] = weakref.WeakSet()  # of all loaders in this process

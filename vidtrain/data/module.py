@@ -7,7 +7,6 @@ import json
 import math
 import multiprocessing as mp
 import os
-import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,11 @@ from rich.console import Console
 from vidtrain.data import manifest
 from vidtrain.data.cache import FrameCache
 from vidtrain.data.collate import collate
+from vidtrain.data.crew import cores
 from vidtrain.data.dataset import VideoDataset
 from vidtrain.data.decode import check_decoder
 from vidtrain.data.indices import IndexStore
-from vidtrain.data.loader import Loader
+from vidtrain.data.loader import Loader, start_worker
 from vidtrain.data.manifest import Annotations, Manifest, Row, is_url
 from vidtrain.data.order import EvaluationOrder, TrainingOrder
 from vidtrain.data.prepare.packed import stamp
@@ -30,7 +30,7 @@ from vidtrain.data.prepare.splits import carve_validation
 from vidtrain.data.shards import Shards
 from vidtrain.data.sources import Sources
 from vidtrain.data.transforms.device import DeviceTransform
-from vidtrain.data.transforms.sample import Augment
+from vidtrain.data.transforms.sample import Augment, is_number
 from vidtrain.types import Clip, UserError
 
 
@@ -140,16 +140,19 @@ class VideoDataModule(L.LightningDataModule):
             raise UserError(f"views.memory is {memory!r}; it must be a whole number of MiB")
         check_decoder(decoder)
         check_choice("cache", cache, ("none", "ram", "disk"))
+        check_choice("shuffle", shuffle, (True, False))
+        check_choice("drop_last", drop_last, (True, False))
+        check_choice("compile", compile, (None, True, False))
         check_choice("start_method", start_method, (None, *mp.get_all_start_methods()))
         for key, value in (
             ("time_limit", time_limit),
             ("cache_gb", cache_gb),
             ("shard_cache_gb", shard_cache_gb),
         ):
-            if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+            if not is_number(value) or not value > 0:
                 raise UserError(f"data.{key} is {value!r}; it must be a number above 0")
-        if not 0 <= max_failures <= 1:
-            raise UserError(f"data.max_failures is {max_failures}; it is a share, from 0 to 1")
+        if not is_number(max_failures) or not 0 <= max_failures <= 1:
+            raise UserError(f"data.max_failures is {max_failures!r}; it is a share, from 0 to 1")
         self.name = name
         self.root: Path | str = root if is_url(root) else Path(root).expanduser()
         self.prepare, self.num_classes, self.clip = prepare, num_classes, clip
@@ -259,7 +262,8 @@ class VideoDataModule(L.LightningDataModule):
             span=self.span,
             num_classes=self.num_classes if self.multi_label else None,
             on_error=self.on_error,
-            sources=self.sources,
+            # Each test video is read once, and scores must not hang on a cache's second resizing.
+            sources=self.sources.uncached() if test_views else self.sources,
             spill=self.cache_dir / "spill",
             spill_above=self.views["memory"] << 20,
         )
@@ -294,9 +298,11 @@ class VideoDataModule(L.LightningDataModule):
             run = str(self.trainer.default_root_dir) if self.trainer and many else None
             cache = FrameCache.in_ram(budget, side, run)
         else:
-            cache = FrameCache.on_disk(self.cache_dir, self.name, budget, side, self.decoder)
+            root = hashlib.blake2b(self.manifest.root.encode(), digest_size=4).hexdigest()
+            name = f"{self.name}-{root}"  # all of data=folder has one name
+            cache = FrameCache.on_disk(self.cache_dir, name, budget, side, self.decoder)
         if cache.note:
-            Console(stderr=True).print(f"note: {cache.note}", style="yellow", markup=False)
+            self._say(cache.note)
         return cache
 
     def cached_short_side(self) -> int:
@@ -373,10 +379,17 @@ class VideoDataModule(L.LightningDataModule):
         return loader
 
     def teardown(self, stage: str) -> None:
-        """End the workers."""
+        """End the workers; say where the cache was too small."""
         for loader in self._loaders:
             loader.close()
         self._loaders.clear()
+        cache = self._sources.cache if self._sources else None
+        if stage == "fit" and cache is not None and cache.report().left_out:
+            self._say(f"data.cache={self.cache}: {cache.report()}; data.cache_gb sets how much it is")
+
+    def _say(self, note: str) -> None:
+        if self._rank()[0] == 0:
+            Console(stderr=True).print(f"note: {note}", style="yellow", markup=False)
 
     def train_dataloader(self) -> Loader:
         """Random clips of the training split, an order of its own each epoch."""
@@ -433,25 +446,6 @@ def default_workers(devices: int = 1) -> int:
     """
     share = cores() // devices
     return max(1, min(32, share - share // 8))
-
-
-def start_worker(_: int) -> None:
-    """Keep a worker to one thread (the workers fill the cores by their number), slow to stop.
-
-    Ctrl-C and a scheduler's SIGTERM reach workers too. The main process ends its step, saves and
-    stops them; a worker that died at once would fail that step.
-    """
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(STOP_GRACE))
-
-
-STOP_GRACE = 30  # seconds a worker stays after SIGTERM, when the main process does not end it
-
-
-def cores() -> int:
-    """Count the cores that this process may use, which in a container are not all there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def annotation_files(root: Path, options: dict[str, Any]) -> list[tuple[str, int, int]]:

@@ -28,8 +28,8 @@ class TrainingOrder(Sampler[list[Key]]):
         rank: this one.
         world: how many ranks there are.
         shuffle: anew each epoch.
-        drop_last: make every batch `batch_size` large, and let the rows that are left over wait for
-            the next epoch's shuffle.
+        drop_last: make every batch `batch_size` large, unless there is not even one; the rows that
+            are left over wait for the next epoch's shuffle, and without `shuffle` for ever.
 
     Attributes:
         epoch: which shuffle.

@@ -37,6 +37,10 @@ class Sources:
     ) -> None:
         self.decoder, self.indices, self.cache, self.shards = decoder, indices, cache, shards
 
+    def uncached(self) -> Sources:
+        """Give the same without a cache of frames."""
+        return Sources(self.decoder, self.indices, None, self.shards)
+
     @contextmanager
     def open(self, name: str, row: Row) -> Iterator[VideoReader]:
         """Open a row's video.

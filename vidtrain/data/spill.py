@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import uuid
 import weakref
 from pathlib import Path
@@ -33,7 +34,7 @@ class Spill:
 
     def __init__(self, shape: tuple[int, int, int, int], folder: Path) -> None:
         self.shape = shape
-        self.path = folder / f"frames-{os.getpid()}-{uuid.uuid4().hex}"
+        self.path = folder / f"frames-{here()}-{os.getpid()}-{uuid.uuid4().hex}"
         size = int(np.prod(shape))
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -78,10 +79,19 @@ def _unlink(maker: int, path: Path) -> None:
 def clear(folder: Path) -> None:
     """Remove what processes left that were killed."""
     for path in folder.glob("frames-*"):
-        owner = path.name.split("-")[1]
-        if owner.isdigit() and not _lives(int(owner)):
+        _, where, owner, *_ = [*path.name.split("-"), "", ""]
+        if where == here() and owner.isdigit() and not _lives(int(owner)):
             with contextlib.suppress(OSError):
                 path.unlink()
+
+
+def here() -> str:
+    """Name the place where process numbers mean what they mean here: machine and container."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+        return f"{boot}.{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return platform.node().replace("-", "_")
 
 
 def _lives(process: int) -> bool:

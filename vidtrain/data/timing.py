@@ -44,10 +44,12 @@ class Endless:
 def fill(loader: Loader, seconds: float) -> list[int]:
     """Run the loader to fill its cache; return the rows that it came by."""
     rows: set[int] = set()
+    lost: set[int] = set()
     began = time.perf_counter()
     for batch in loader:
         rows.update(batch["index"].tolist())
-        if time.perf_counter() - began > seconds or len(rows) == len(loader.dataset):
+        lost.update(failure.row for failure in batch["failures"])
+        if time.perf_counter() - began > seconds or len(rows | lost) == len(loader.dataset):
             break
     return sorted(rows)
 

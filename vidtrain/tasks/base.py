@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from vidtrain.types import Views
+from vidtrain.types import UserError, Views
 
 
 class StepOutput(NamedTuple):
@@ -60,6 +60,10 @@ class VideoTask(L.LightningModule):
         dtype = torch.float32 if weights is None else weights.dtype  # bf16-true: the net's own
         video = batch["video"]
         if isinstance(video, Views):
+            if tuple(self.model.inputs) != ("video",):  # type: ignore[arg-type]
+                raise UserError(
+                    "views.memory is too small for the views of a network of two inputs"
+                )
             made = video.pieces(self.views_per_forward)
             return torch.cat([self.model(part.to(dtype)) for part in made]).unflatten(
                 0, video.shape[:2]

@@ -56,8 +56,9 @@ def stamp(root: str) -> str:
     files, path = filesystem(root)
     try:
         return json.dumps(files.info(f"{path}/{INDEX}"), sort_keys=True, default=str)
-    except Exception as error:  # each kind of store has its own
-        raise UserError(_missing(f"{root}/{INDEX}", error)) from None
+    except Exception as error:  # each kind of store has its own; some say "not found" of any failure
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        raise UserError(_missing(f"{root}/{INDEX}", cause)) from None
 
 
 def _read(root: Path | str) -> tuple[str, bytes]:

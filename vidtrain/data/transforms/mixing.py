@@ -49,6 +49,6 @@ def draw(
 
 
 def mix_labels(labels: Tensor, share: float, num_classes: int) -> Tensor:
-    """Mix `(B,)` classes, or `(B, K)` zeros and ones, to `(B, K)` shares, as clips are mixed."""
-    soft = F.one_hot(labels, num_classes).float() if labels.ndim == 1 else labels
+    """Mix `(B,)` classes to `(B, K)` shares, as clips are mixed."""
+    soft = F.one_hot(labels, num_classes).float()
     return share * soft + (1 - share) * soft.flip(0)

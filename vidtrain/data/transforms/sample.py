@@ -34,6 +34,11 @@ class Geometry(NamedTuple):
         return self._replace(top=self.top + down, left=self.left + right)
 
 
+def is_number(value: object) -> bool:
+    """Tell a number from what else a setting may be."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True)
 class Augment:
     """How strongly to disturb a training clip: the knobs of conf/augment/."""
@@ -57,22 +62,28 @@ class Augment:
             ("ratio", 0.0, math.inf),
         ):
             span = getattr(self, name)
-            if span is not None and not (len(span) == 2 and low <= span[0] <= span[1] <= high):
+            right = span is None or (
+                isinstance(span, Sequence)
+                and len(span) == 2
+                and all(map(is_number, span))
+                and low <= span[0] <= span[1] <= high
+            )
+            if not right:
                 raise UserError(
-                    f"augment.{name} is {list(span)}; it must be [from, to] within [{low}, {high}]"
+                    f"augment.{name} is {span!r}; it must be [from, to] within [{low}, {high}]"
                 )
         for name in ("mixup", "cutmix"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"augment.{name} is {getattr(self, name)}; it must be at least 0")
-        if not isinstance(self.repeats, int) or self.repeats < 1:
+            value = getattr(self, name)
+            if not is_number(value) or not 0 <= value < math.inf:
+                raise UserError(f"augment.{name} is {value!r}; it must be a number, at least 0")
+        if not isinstance(self.repeats, int) or isinstance(self.repeats, bool) or self.repeats < 1:
             raise UserError(
                 f"augment.repeats is {self.repeats!r}; it must be a whole number, at least 1"
             )
         for name in ("hflip", "color"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(
-                    f"augment.{name} is {getattr(self, name)}; it must be between 0 and 1"
-                )
+            value = getattr(self, name)
+            if not is_number(value) or not 0 <= value <= 1:
+                raise UserError(f"augment.{name} is {value!r}; it must be between 0 and 1")
 
 
 def region_box(region: Sequence[float], height: int, width: int) -> tuple[int, int, int, int]:
