@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import stat
 import struct
 from pathlib import Path
@@ -36,7 +37,7 @@ def is_folder(path: str) -> bool:
         DecodeError: not found, no permission, empty, or no ordinary file.
     """
     try:
-        status = Path(path).stat()
+        status = os.stat(path)
     except FileNotFoundError:
         link = Path(path).is_symlink()
         raise DecodeError(path, "a link to nothing" if link else "file not found") from None
