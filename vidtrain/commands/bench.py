@@ -167,7 +167,7 @@ def measure(data: VideoDataModule, task: VideoTask, trainer: L.Trainer, seconds:
     """Measure every part for about `seconds`."""
     loader = data.train_dataloader()
     rows: Sequence[int] = range(len(loader.dataset))
-    size = len(next(iter(loader.order)))
+    size = min(data.batch_size, len(loader.dataset))
     loader.order = Endless(rows, size, data.seed)
     if data.cache != "none":  # the first epoch fills it; measured is every epoch after
         tell("cache")
