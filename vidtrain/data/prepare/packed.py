@@ -57,7 +57,9 @@ def stamp(root: str) -> str:
     try:
         return json.dumps(files.info(f"{path}/{INDEX}"), sort_keys=True, default=str)
     except Exception as error:  # each kind of store has its own; some say "not found" of any failure
-        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        cause = error.__cause__
+        if not isinstance(cause, Exception) or getattr(cause, "status", None) == 404:
+            cause = error
         raise UserError(_missing(f"{root}/{INDEX}", cause)) from None
 
 
