@@ -36,7 +36,6 @@ import numpy as np
 
 from vidtrain.data.check import Probe, check_files, probe
 from vidtrain.data.decode import open_video
-from vidtrain.data.manifest import Row
 from vidtrain.types import Clip, DecodeError
 
 SECONDS = 2.0  # of each video that is not
@@ -218,31 +217,16 @@ def _seen(frame: av.VideoFrame, turn: tuple[bool, bool, bool]) -> np.ndarray:
     return picture[:: -1 if flipped else 1, :: -1 if mirrored else 1]
 
 
-class Files:
-    """Files as rows of a dataset: the damaged ones, then many sound ones to stand in for them."""
-
-    def __init__(self, damaged: list[Path], sound: list[Path]) -> None:
-        copies = -(-4 * len(damaged) // len(sound))  # ten bad ones in a row end the training
-        self.paths = [str(path) for path in [*damaged, *sound * copies]]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def row(self, index: int) -> Row:
-        return Row(self.paths[index], (0,), None, None, "train", None)
-
-    def location(self, row: Row) -> str:
-        return row.path
-
-
 def train_on(damaged: list[Path], sound: list[Path], seed: int) -> tuple[int, Counter[str]]:
     """Load each damaged file once as a training row; return clips, and reasons of failures."""
     from vidtrain.data.collate import collate
-    from vidtrain.data.dataset import VideoDataset
+    from vidtrain.data.dataset import Files, VideoDataset
     from vidtrain.data.loader import Loader
     from vidtrain.data.transforms.sample import Augment
 
-    dataset = VideoDataset(Files(damaged, sound), CLIP, augment=Augment())
+    copies = -(-4 * len(damaged) // len(sound))  # ten bad ones in a row end the training
+    rows = Files([*damaged, *sound * copies])
+    dataset = VideoDataset(rows, CLIP, augment=Augment())
     rows = range(len(damaged))
     order = [[(row, seed + row) for row in rows[first : first + 8]] for first in rows[::8]]
     loader = Loader(dataset, order, collate, workers=2, time_limit=TIME_LIMIT)

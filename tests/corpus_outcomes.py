@@ -24,10 +24,9 @@ from make_video import read_numbers
 
 from vidtrain.data import crew, sampling
 from vidtrain.data.check import probe
-from vidtrain.data.dataset import VideoDataset
+from vidtrain.data.dataset import Files, VideoDataset
 from vidtrain.data.decode import open_video
 from vidtrain.data.indices import IndexStore
-from vidtrain.data.manifest import Row
 from vidtrain.data.sources import Sources
 from vidtrain.data.transforms.sample import Augment
 from vidtrain.types import Clip, DecodeError, Sample, UserError, VideoReader
@@ -58,22 +57,6 @@ class Outcome(NamedTuple):
         reason = reason if len(reason) < 80 else reason[:80].rsplit(" ", 1)[0] + " ..."
         said += f": {reason}" if reason else ""
         return said + "".join(f" **{fault}**" for fault in self.faults[:3])
-
-
-class Files:
-    """A list of files as rows of a dataset."""
-
-    def __init__(self, *paths: str) -> None:
-        self.paths = paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def row(self, index: int) -> Row:
-        return Row(self.paths[index], (0,), None, None, "train", None)
-
-    def location(self, row: Row) -> str:
-        return row.path
 
 
 def try_file(job: tuple[str, str]) -> Outcome:
@@ -173,7 +156,7 @@ class _Trial:
 
     def through_dataset(self) -> None:
         """Load it as a row for testing and as one for training, where another may stand in."""
-        rows = Files(self.path, str(Path(self.path).with_name("sound.mp4")))
+        rows = Files([self.path, Path(self.path).with_name("sound.mp4")])
         with tempfile.TemporaryDirectory() as folder:
             kept = IndexStore(Path(folder, "a.frames"), len(rows))
             testing, training = (

@@ -25,10 +25,9 @@ import numpy as np
 import torch
 
 from vidtrain.data.collate import collate
-from vidtrain.data.dataset import VideoDataset
+from vidtrain.data.dataset import Files, VideoDataset
 from vidtrain.data.decode import open_video
 from vidtrain.data.indices import IndexStore
-from vidtrain.data.manifest import Row
 from vidtrain.data.sources import Sources
 from vidtrain.data.transforms import sample as geometry
 from vidtrain.data.transforms.device import DeviceTransform
@@ -36,20 +35,6 @@ from vidtrain.types import Clip
 
 CLIP = Clip(num_frames=16, stride=4, size=224, mean=[0.45] * 3, std=[0.225] * 3)
 CLIPS, CROPS, SHORT_SIDE = 10, 3, 256
-
-
-class Files:
-    def __init__(self, files: list[str]) -> None:
-        self.files = files
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def row(self, index: int) -> Row:
-        return Row(self.files[index], (0,), None, None, "test", None)
-
-    def location(self, row: Row) -> str:
-        return row.path
 
 
 def whole(file: str) -> None:

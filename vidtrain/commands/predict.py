@@ -16,9 +16,8 @@ from rich.table import Table
 
 from vidtrain import build, checkpoint, config
 from vidtrain.data.collate import collate
-from vidtrain.data.dataset import VideoDataset
+from vidtrain.data.dataset import Files, VideoDataset
 from vidtrain.data.loader import Loader, start_worker
-from vidtrain.data.manifest import Row
 from vidtrain.data.module import default_workers
 from vidtrain.data.order import EvaluationOrder
 from vidtrain.data.sources import Sources
@@ -31,24 +30,6 @@ VIDEO_ENDINGS = {
     *(".3gp", ".ts", ".m2ts", ".mts", ".ogv", ".gif", ".vob", ".mjpeg", ".y4m"),
 }
 SHOWN = 30  # rows of the table on the terminal; the file has them all
-
-
-class Files:
-    """Files as rows without labels."""
-
-    def __init__(self, paths: list[Path]) -> None:
-        self.paths = paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def row(self, index: int) -> Row:
-        """Give file `index` as a row."""
-        return Row(str(self.paths[index]), (), None, None, "predict", None)
-
-    def location(self, row: Row) -> str:
-        """Say where it lies."""
-        return row.path
 
 
 def main(cfg: DictConfig) -> int:

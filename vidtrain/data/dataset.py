@@ -37,6 +37,24 @@ class Rows(Protocol):
         ...
 
 
+class Files:
+    """Files as rows without labels."""
+
+    def __init__(self, paths: Sequence[Path | str]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def row(self, index: int) -> Row:
+        """Give file `index` as a row."""
+        return Row(str(self.paths[index]), (), None, None, "", None)
+
+    def location(self, row: Row) -> str:
+        """Say where it lies."""
+        return row.path
+
+
 class VideoDataset(Dataset[Sample]):
     """Videos as samples, for training or for testing.
 

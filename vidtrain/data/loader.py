@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from vidtrain.data.collate import plain_memory
 from vidtrain.data.crew import cause_of_death
 from vidtrain.types import UserError
 
@@ -45,7 +46,8 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    Empty = Callable[[Sequence[int], torch.dtype], Tensor]  # shape, type -> memory to be filled
+    from vidtrain.data.collate import Empty
+
     Collate = Callable[[list[Any], Empty], Any]
 
 OVER = "the loader has been closed, or iterated anew, in the meantime"
@@ -123,15 +125,11 @@ class Loader:
 
     def _made_here(self) -> Iterator[Any]:
         for keys in self.order:
-            yield self.collate([self.dataset[key] for key in keys], _empty)
+            yield self.collate([self.dataset[key] for key in keys], plain_memory)
 
     def close(self) -> None:
         """End the workers at once; another pass would start new ones. Batches stay as they are."""
         self._pool.close()
-
-
-def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    return torch.empty(tuple(shape), dtype=dtype)
 
 
 class _Pool:
@@ -395,12 +393,11 @@ STOP_GRACE = 30  # seconds a worker stays after SIGTERM, when the main process d
 
 
 def start_worker(_: int) -> None:
-    """Keep a worker to one thread (the workers fill the cores by their number), slow to stop.
+    """Let a worker outlast the signals that end a run.
 
     Ctrl-C and a scheduler's SIGTERM reach workers too. The main process ends its step, saves and
     stops them; a worker that died at once would fail that step.
     """
-    torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(STOP_GRACE))
 
@@ -476,7 +473,9 @@ def _work(
     for worker in list(_workers):  # what a fork has brought along
         worker.forget()
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    torch.set_num_threads(1)  # a forked process has only one of the threads it believes to have
+    # The workers fill the cores by their number, and a forked process has only one of the threads
+    # that it believes to have.
+    torch.set_num_threads(1)
     slots: defaultdict[int, _Slot] = defaultdict(_Slot)
     with contextlib.suppress(EOFError, ConnectionError):
         try:
@@ -580,7 +579,7 @@ class _Slot:
         """Give a tensor to be filled."""
         numel = torch.Size(shape).numel()
         if not numel:
-            return _empty(shape, dtype)
+            return plain_memory(shape, dtype)
         return self.take(numel * dtype.itemsize)[1].view(dtype).view(tuple(shape))
 
     def place(self, tensor: Tensor) -> int:
