@@ -369,11 +369,15 @@ class PyAVReader:
         """
         places = self.index.order[wanted].tolist()
         starts = self.index.starts_for(wanted)
+        skippable = self.index.skippable
         done = 0
         while done < len(wanted):
             (start, first), stop, run = starts[done], places[done], done
-            # one run serves all frames whose keyframe lies within what is decoded anyway
-            while done < len(wanted) and starts[done][0] <= stop:
+            # one run serves all frames whose keyframe lies within what is decoded anyway, or comes
+            # next: to go on costs less than to begin anew
+            while done < len(wanted) and (
+                starts[done][0] <= stop + 1 or skippable[stop + 1 : starts[done][0]].all()
+            ):
                 stop = max(stop, places[done])
                 done += 1
             yield from self._decode_run(start, stop, first, wanted[run:done])

@@ -64,8 +64,9 @@ class Sheet:
             plane.reshape(shape)[..., : self.width >> s]
             for plane, shape, s in zip(_planes(self.tall), shapes, (0, 1, 1), strict=True)
         ]
+        # of a plane: the part's first row and column, its rows, its bytes of a row
         self.cuts = [
-            tuple(slice(part.start >> s, part.stop >> s) for part in (self.rows, self.columns))
+            (self.rows.start >> s, self.columns.start >> s, self.height >> s, self.width >> s)
             for s in (0, 1, 1)
         ]
 
@@ -77,8 +78,12 @@ class Sheet:
         """Copy the wanted part of a frame; False where it is not like the others."""
         if self.tall is None or _kind(frame) != self.like:
             return False
-        for to, source, cut in zip(self.planes, _planes(frame), self.cuts, strict=True):
-            to[self.taken] = source[cut]
+        for to, plane, cut in zip(self.planes, frame.planes, self.cuts, strict=True):
+            top, left, height, width = cut
+            line = plane.line_size
+            to[self.taken] = np.ndarray(
+                (height, width), np.uint8, plane, top * line + left, (line, 1)
+            )
         self.taken += 1
         return True
 
