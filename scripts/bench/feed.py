@@ -26,77 +26,15 @@ from torch import Tensor, nn
 
 from vidtrain.data.manifest import Annotations, make_rows, single_labels
 from vidtrain.data.module import VideoDataModule
+from vidtrain.models.slowfast import slowfast_r50_8x8
 from vidtrain.types import Clip
 
 CLASSES = 400
 ROWS = 20_000  # each names one of the videos
 
 
-class Bottleneck(nn.Module):
-    """A residual block of SlowFast: `kt` x 1 x 1, 1 x 3 x 3, 1 x 1 x 1."""
-
-    def __init__(self, entry: int, inner: int, out: int, kt: int, stride: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            *convolution(entry, inner, (kt, 1, 1), 1),
-            nn.ReLU(inplace=True),
-            *convolution(inner, inner, (1, 3, 3), stride),
-            nn.ReLU(inplace=True),
-            *convolution(inner, out, (1, 1, 1), 1),
-        )
-        straight = entry == out and stride == 1
-        shortcut = [] if straight else convolution(entry, out, (1, 1, 1), stride)
-        self.shortcut = nn.Sequential(*shortcut)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.body(x) + self.shortcut(x))
-
-
-def convolution(entry: int, out: int, kernel: tuple[int, ...], stride: int) -> list[nn.Module]:
-    padding = tuple(size // 2 for size in kernel)
-    conv = nn.Conv3d(entry, out, kernel, (1, stride, stride), padding, bias=False)
-    return [conv, nn.BatchNorm3d(out)]
-
-
-class SlowFast(nn.Module):
-    """SlowFast-R50 8x8, alpha 4, beta 1/8 (Feichtenhofer et al. 2019, table 1): 34,566,488 parameters."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        stem = partial(nn.MaxPool3d, (1, 3, 3), (1, 2, 2), (0, 1, 1))
-        self.slow = nn.ModuleList(
-            [nn.Sequential(*convolution(3, 64, (1, 7, 7), 2), nn.ReLU(), stem())]
-        )
-        self.fast = nn.ModuleList(
-            [nn.Sequential(*convolution(3, 8, (5, 7, 7), 2), nn.ReLU(), stem())]
-        )
-        self.lateral = nn.ModuleList()
-        width = 64
-        for stage, blocks in enumerate((3, 4, 6, 3)):
-            inner, out, stride = 64 << stage, 256 << stage, 1 if stage == 0 else 2
-            self.lateral.append(lateral(width // 8))
-            entry = width + width // 4
-            self.slow.append(tower(entry, inner, out, 1 if stage < 2 else 3, stride, blocks))
-            self.fast.append(tower(width // 8, inner // 8, out // 8, 3, stride, blocks))
-            width = out
-        self.head = nn.Linear(2048 + 256, CLASSES)
-
-    def forward(self, video: Tensor) -> Tensor:
-        slow, fast = self.slow[0](video[:, :, ::4]), self.fast[0](video)
-        for stage, across in enumerate(self.lateral, 1):
-            slow = self.slow[stage](torch.cat([slow, across(fast)], 1))
-            fast = self.fast[stage](fast)
-        return self.head(torch.cat([slow.mean((2, 3, 4)), fast.mean((2, 3, 4))], 1))
-
-
-def tower(entry: int, inner: int, out: int, kt: int, stride: int, blocks: int) -> nn.Sequential:
-    first = Bottleneck(entry, inner, out, kt, stride)
-    return nn.Sequential(first, *(Bottleneck(out, inner, out, kt, 1) for _ in range(blocks - 1)))
-
-
-def lateral(width: int) -> nn.Sequential:
-    conv = nn.Conv3d(width, 2 * width, (7, 1, 1), (4, 1, 1), (3, 0, 0), bias=False)
-    return nn.Sequential(conv, nn.BatchNorm3d(2 * width), nn.ReLU())
+def slowfast_r50() -> nn.Module:
+    return slowfast_r50_8x8(CLASSES)
 
 
 def mvit_v2_s() -> nn.Module:
@@ -106,7 +44,7 @@ def mvit_v2_s() -> nn.Module:
 
 
 NETWORKS = {  # network, frames, stride, batch of one GPU as in the paper's recipe
-    "slowfast_r50": (SlowFast, 32, 2, 8),
+    "slowfast_r50": (slowfast_r50, 32, 2, 8),
     "mvit_v2_s": (mvit_v2_s, 16, 4, 16),
 }
 

@@ -14,7 +14,8 @@ An image network here, torchvision's or ours, has
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -26,6 +27,8 @@ from torch import Tensor, nn
 from vidtrain.types import UserError
 
 Stage = Callable[[Tensor], Tensor]
+
+WIDTHS = (16, 32, 64, 128)  # of `small`
 
 # The children of torchvision's networks that come after the feature map.
 _HEADS = ("norm", "permute", "avgpool", "flatten", "dropout", "classifier", "fc", "heads", "head")
@@ -52,6 +55,15 @@ def first_conv(net: nn.Module) -> tuple[str, nn.Conv2d]:
     return next((n, m) for n, m in net.named_modules() if isinstance(m, nn.Conv2d))
 
 
+def cross_modality(kernel: Tensor, in_channels: int) -> Tensor:
+    """Make a first kernel for RGB one for other channels: (D, 3, ...) -> (D, in_channels, ...).
+
+    Each channel gets the mean over R, G and B. Wang et al. "Temporal Segment Networks." ECCV 2016,
+    section 3.2.
+    """
+    return kernel.mean(1, keepdim=True).repeat(1, in_channels, *(1 for _ in kernel.shape[2:]))
+
+
 def replace_module(net: nn.Module, path: str, module: nn.Module) -> None:
     """Put another module in the place of one."""
     parent, _, name = path.rpartition(".")
@@ -63,6 +75,69 @@ def run_stages(net: Any, x: Tensor) -> Tensor:
     for stage in net.stages():
         x = stage(x)
     return x
+
+
+def init_he(module: nn.Module) -> None:
+    """He et al. 2015, fan in, for convolutions and linear layers."""
+    if isinstance(module, (nn.Conv2d, nn.Conv3d, nn.Linear)):
+        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class PlainNet(nn.Module):
+    """A chain of layers, hidden layers after it, and a classifier.
+
+    Args:
+        body: (N, C, H, W) -> (N, D, h, w).
+        neck: (N, D, h, w) -> (N, E).
+        num_features: D.
+        num_embedding: E.
+        num_classes: K; 0 for the embedding, None for a network that ends with its feature map.
+        fixed_size: The one frame size that the hidden layers take, or None.
+    """
+
+    channels_last = False
+
+    def __init__(
+        self,
+        body: nn.Sequential,
+        neck: nn.Sequential,
+        num_features: int,
+        num_embedding: int,
+        num_classes: int | None,
+        fixed_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.body = body
+        self.neck = nn.Identity() if num_classes is None else neck
+        self.apply(init_he)
+        self.num_features = num_features
+        self.num_embedding = num_embedding
+        self.fixed_size = None if num_classes is None else fixed_size
+        self.reset_classifier(num_classes or 0)
+
+    def stages(self) -> list[nn.Module]:
+        """List the layers of the body."""
+        return list(self.body)
+
+    def to_map(self, x: Tensor) -> Tensor:
+        """(N, D, h, w) -> the same."""
+        return x
+
+    def head(self, x: Tensor) -> Tensor:
+        """(N, D, h, w) -> (N, K)."""
+        return self.classifier(self.neck(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, K)."""
+        return self.head(run_stages(self, x))
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the classifier; 0 takes it away."""
+        self.classifier = (
+            nn.Linear(self.num_embedding, num_classes) if num_classes else nn.Identity()
+        )
 
 
 class TorchvisionNet(nn.Module):
@@ -170,6 +245,56 @@ class TorchvisionNet(nn.Module):
         elif num_classes:
             last = nn.Linear(self.num_embedding, num_classes)
         replace_module(self.net, self._last, last)
+
+
+def _small(num_classes: int | None, size: int, in_channels: int = 3) -> PlainNet:
+    """Build four convolutions with batch norm, each followed by a pool.
+
+    Raises:
+        UserError: the frames are too small for it.
+    """
+    if size < 16:
+        raise UserError(f"backbone=small needs frames of at least 16 pixels, not {size}")
+    body = nn.Sequential()
+    dim = in_channels
+    for i, width in enumerate(WIDTHS, start=1):
+        body.add_module(f"conv{i}", nn.Conv2d(dim, width, 3, padding=1, bias=False))
+        body.add_module(f"norm{i}", nn.BatchNorm2d(width))
+        body.add_module(f"relu{i}", nn.ReLU())
+        body.add_module(f"pool{i}", nn.MaxPool2d(2))
+        dim = width
+    neck = nn.Sequential(OrderedDict(pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten()))
+    return PlainNet(body, neck, dim, dim, num_classes)
+
+
+ImageNet = PlainNet | TorchvisionNet
+
+
+def image_net(
+    name: str,
+    num_classes: int | None,
+    size: int,
+    in_channels: int = 3,
+    others: Sequence[str] = (),
+) -> ImageNet:
+    """Build an image network by name: one of torchvision's, or `small`.
+
+    `small` is four convolutions of 16 to 128 channels, for small frames and CPUs.
+
+    Args:
+        name: as above.
+        num_classes: K; 0 for the embedding, None for a network that ends with its feature map.
+        size: height and width of the frames.
+        in_channels: of the first convolution.
+        others: names that the caller knows besides.
+
+    Raises:
+        UserError: there is none of that name, or it does not take frames of this size.
+    """
+    check_backbone(name, ["small", *others, *torchvision_names()])
+    if name == "small":
+        return _small(num_classes, size, in_channels)
+    return TorchvisionNet(name, num_classes, size, in_channels)
 
 
 def _build(name: str, **arguments: Any) -> nn.Module:

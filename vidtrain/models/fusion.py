@@ -46,13 +46,14 @@ from torch import Tensor, nn
 from vidtrain.layers.conv import FoldedConv3d, FoldedTimeConv
 from vidtrain.layers.frames import check_clip, fold_time, unfold_time
 from vidtrain.layers.image import (
-    TorchvisionNet,
-    check_backbone,
+    ImageNet,
+    PlainNet,
     first_conv,
+    image_net,
+    init_he,
     replace_module,
     run_stages,
     stage_shapes,
-    torchvision_names,
 )
 from vidtrain.types import UserError
 
@@ -62,14 +63,6 @@ SLOW = ((4, 2), (2, 2), (2, 2))
 
 def _linear(dim: int, num_classes: int) -> nn.Module:
     return nn.Linear(dim, num_classes) if num_classes else nn.Identity()
-
-
-def _init_weights(module: nn.Module) -> None:
-    """He et al. 2015, fan in, for convolutions and linear layers."""
-    if isinstance(module, (nn.Conv2d, nn.Conv3d, nn.Linear)):
-        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def _named(**modules: nn.Module) -> nn.Sequential:
@@ -84,59 +77,6 @@ def _mlp(dim: int, widths: tuple[int, ...]) -> nn.Sequential:
         layers.add_module(f"dropout{i}", nn.Dropout(0.5))
         dim = width
     return layers
-
-
-class PlainNet(nn.Module):
-    """A chain of layers, hidden layers after it, and a classifier.
-
-    Args:
-        body: (N, C, H, W) -> (N, D, h, w).
-        neck: (N, D, h, w) -> (N, E).
-        num_features: D.
-        num_embedding: E.
-        num_classes: K; 0 for the embedding, None for a network that ends with its feature map.
-        fixed_size: The one frame size that the hidden layers take, or None.
-    """
-
-    channels_last = False
-
-    def __init__(
-        self,
-        body: nn.Sequential,
-        neck: nn.Sequential,
-        num_features: int,
-        num_embedding: int,
-        num_classes: int | None,
-        fixed_size: int | None = None,
-    ) -> None:
-        super().__init__()
-        self.body = body
-        self.neck = nn.Identity() if num_classes is None else neck
-        self.apply(_init_weights)
-        self.num_features = num_features
-        self.num_embedding = num_embedding
-        self.fixed_size = None if num_classes is None else fixed_size
-        self.reset_classifier(num_classes or 0)
-
-    def stages(self) -> list[nn.Module]:
-        """List the layers of the body."""
-        return list(self.body)
-
-    def to_map(self, x: Tensor) -> Tensor:
-        """(N, D, h, w) -> the same."""
-        return x
-
-    def head(self, x: Tensor) -> Tensor:
-        """(N, D, h, w) -> (N, K)."""
-        return self.classifier(self.neck(x))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, K)."""
-        return self.head(run_stages(self, x))
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the classifier; 0 takes it away."""
-        self.classifier = _linear(self.num_embedding, num_classes)
 
 
 def _karpathy_net(num_classes: int | None, size: int, in_channels: int = 3) -> PlainNet:
@@ -170,43 +110,15 @@ def _karpathy_net(num_classes: int | None, size: int, in_channels: int = 3) -> P
     return PlainNet(body, _mlp(256 * side * side, (4096, 4096)), 256, 4096, num_classes, size)
 
 
-def _small_net(num_classes: int | None, size: int, in_channels: int = 3) -> PlainNet:
-    """Build four convolutions with batch norm, each followed by a pool.
-
-    Raises:
-        UserError: the frames are too small for it.
-    """
-    if size < 16:
-        raise UserError(f"backbone=small needs frames of at least 16 pixels, not {size}")
-    body = nn.Sequential()
-    dim = in_channels
-    for i, width in enumerate((16, 32, 64, 128), start=1):
-        body.add_module(f"conv{i}", nn.Conv2d(dim, width, 3, padding=1, bias=False))
-        body.add_module(f"norm{i}", nn.BatchNorm2d(width))
-        body.add_module(f"relu{i}", nn.ReLU())
-        body.add_module(f"pool{i}", nn.MaxPool2d(2))
-        dim = width
-    neck = _named(pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten())
-    return PlainNet(body, neck, dim, dim, num_classes)
-
-
-ImageModel = PlainNet | TorchvisionNet
-
-_OWN = {"karpathy": _karpathy_net, "small": _small_net}
-
-
-def _image_net(
-    backbone: str, num_classes: int | None, size: int, in_channels: int = 3
-) -> ImageModel:
-    """Build an image network by name: `karpathy`, `small`, or one of torchvision's.
+def _image_net(backbone: str, num_classes: int | None, size: int, in_channels: int = 3) -> ImageNet:
+    """Build an image network by name: `karpathy`, or what `layers.image.image_net` knows.
 
     Raises:
         UserError: there is none of that name, or it does not take frames of this size.
     """
-    check_backbone(backbone, [*_OWN, *torchvision_names()])
-    if backbone in _OWN:
-        return _OWN[backbone](num_classes, size, in_channels)
-    return TorchvisionNet(backbone, num_classes, size, in_channels)
+    if backbone == "karpathy":
+        return _karpathy_net(num_classes, size, in_channels)
+    return image_net(backbone, num_classes, size, in_channels, others=["karpathy"])
 
 
 class SingleFrame(nn.Module):
@@ -222,7 +134,7 @@ class SingleFrame(nn.Module):
 
     inputs = ("video",)
 
-    def __init__(self, backbone: ImageModel, num_classes: int) -> None:
+    def __init__(self, backbone: ImageNet, num_classes: int) -> None:
         super().__init__()
         self.backbone = backbone
         self.num_features = backbone.num_features
@@ -260,7 +172,7 @@ class EarlyFusion(nn.Module):
 
     inputs = ("video",)
 
-    def __init__(self, backbone: ImageModel, num_frames: int) -> None:
+    def __init__(self, backbone: ImageNet, num_frames: int) -> None:
         super().__init__()
         self.backbone = backbone
         self.num_features = backbone.num_features
@@ -300,7 +212,7 @@ class LateFusion(nn.Module):
 
     def __init__(
         self,
-        backbone: ImageModel,
+        backbone: ImageNet,
         num_classes: int,
         num_frames: int,
         size: int,
@@ -313,7 +225,7 @@ class LateFusion(nn.Module):
         self.size = size
         self.num_embedding = widths[-1]
         self.mlp = _mlp(num_frames * math.prod(stage_shapes(backbone, size)[-1]), widths)
-        self.mlp.apply(_init_weights)
+        self.mlp.apply(init_he)
         self.reset_classifier(num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -342,7 +254,7 @@ class LateFusionPool(nn.Module):
 
     inputs = ("video",)
 
-    def __init__(self, backbone: ImageModel, num_classes: int) -> None:
+    def __init__(self, backbone: ImageNet, num_classes: int) -> None:
         super().__init__()
         self.backbone = backbone
         self.num_features = backbone.num_features
@@ -374,7 +286,7 @@ class SlowFusion(nn.Module):
 
     inputs = ("video",)
 
-    def __init__(self, backbone: ImageModel, num_frames: int, size: int) -> None:
+    def __init__(self, backbone: ImageNet, num_frames: int, size: int) -> None:
         super().__init__()
         self.backbone = backbone
         self.num_features = backbone.num_features
@@ -390,7 +302,7 @@ class SlowFusion(nn.Module):
             extent = min(extent, frames)
             if i < len(extended):
                 conv = FoldedConv3d(extended[i], frames, extent, stride)
-                _init_weights(conv)
+                init_he(conv)
                 replace_module(backbone, paths[extended[i]], conv)
             elif frames > 1:
                 stage = after[i - 1]
