@@ -7,12 +7,13 @@ came out of a checkpoint only what vidtrain ships, or what the user allows by na
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
+from vidtrain.config import model_defaults
 from vidtrain.types import UserError
 
 if TYPE_CHECKING:
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 
     from vidtrain.data.module import VideoDataModule
     from vidtrain.tasks.base import VideoTask
+    from vidtrain.weights.load import Part
+
+# Keys of `cfg.model` that say what fills the network, not how it is built.
+FILL_KEYS = ("weights", "weights_from")
 
 # The parts of vidtrain that a checkpoint's config may build: constructors, no verbs and no tools.
 SHIPPED = (
@@ -155,15 +160,77 @@ def model(cfg: DictConfig) -> nn.Module:
             f"data={cfg.data.get('name')} does not say how many classes it has before it is read;"
             " add data.num_classes=N"
         )
-    network: nn.Module = instantiate(cfg.model)
+    network: nn.Module = instantiate(
+        {key: value for key, value in _plain(cfg.model).items() if key not in FILL_KEYS}
+    )
     return network
+
+
+def _plain(node: DictConfig) -> dict[str, Any]:
+    values = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def weights(cfg: DictConfig, earlier: Path | None, say: Callable[[str], None]) -> list[Part]:
+    """Open what `model.weights` names, and make its normalisation the clip's.
+
+    Args:
+        cfg: its `clip.mean` and `clip.std` are changed.
+        earlier: a checkpoint that the network will be filled from instead, since it goes on from
+            there; then only the normalisation that it was trained with is taken.
+        say: told in a line what was changed.
+
+    Returns:
+        What `vidtrain.weights.load.fill` puts into the network.
+
+    Raises:
+        UserError: the weights cannot be had, or the user wants frames normalised in another way.
+    """
+    from vidtrain.weights import load
+
+    node = _plain(cfg.model)
+    if node.get("weights") is None:
+        return []
+    if earlier is not None:
+        node |= {"weights": str(earlier), "weights_from": None}
+    parts = load.open_parts(node, Path(cfg.paths.cache).expanduser() / "weights", say)
+    asked = load.colours(parts)
+    if asked is None:
+        return [] if earlier else parts
+    given = (list(cfg.clip.mean), list(cfg.clip.std))
+    if not (load.same(given[0], asked[0]) and load.same(given[1], asked[1])):
+        usual = model_defaults()
+        if usual is not None and not (
+            load.same(given[0], usual.clip.mean) and load.same(given[1], usual.clip.std)
+        ):
+            raise UserError(
+                f"clip.mean={_numbers(given[0])} clip.std={_numbers(given[1])} is not how the frames"
+                f" were normalised that {parts[0].title} was trained on: leave both out, or set"
+                f" clip.mean={_numbers(asked[0])} clip.std={_numbers(asked[1])}"
+            )
+        with open_dict(cfg):
+            cfg.clip.mean, cfg.clip.std = list(asked[0]), list(asked[1])
+        say(
+            f"frames are normalised as for the weights: clip.mean={_numbers(asked[0])}"
+            f" clip.std={_numbers(asked[1])}"
+        )
+    return [] if earlier else parts
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return f"[{','.join(f'{value:.6g}' for value in values)}]"
 
 
 def task(cfg: DictConfig, network: nn.Module) -> VideoTask:
     """Build what is learned: loss, metrics and optimizer around a network."""
+    from vidtrain.optim.groups import freeze
+
     module: VideoTask = instantiate(cfg.task)
     module.model = network
     module.optimizer = instantiate(cfg.optim)
+    module.frozen = freeze(network, cfg.get("freeze"))
+    module.train()  # all but what is frozen
     module.views_per_forward = cfg.views.per_forward
     if module.views_per_forward is not None and module.views_per_forward < 1:
         raise UserError(
@@ -177,8 +244,9 @@ def check_optim(cfg: DictConfig) -> None:
     from torch import nn
 
     recipe = instantiate(cfg.optim)
+    groups = {"groups": None} if cfg.optim.get("groups") else {}  # patterns of the real network
     try:
-        recipe(nn.Linear(1, 1), 10)
+        recipe(nn.Linear(1, 1), 10, **groups)
     except (TypeError, ValueError) as error:
         raise UserError(f"optim: {' '.join(str(error).split())}") from None
 

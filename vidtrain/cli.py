@@ -10,6 +10,7 @@ VERBS = {
     "train": "train a model; test=true also tests its best checkpoint",
     "test": "score a checkpoint on many clips of each video",
     "predict": "name what is in your videos",
+    "extract": "write the features of whole videos, to train on (data=features) or for other tools",
     "summary": "layers, shapes, receptive fields, parameters, multiply-adds",
     "bench": "time decoding, loader, transfer and model on your data; what limits, what to change",
     "data": "action=prepare|check|stats|show|resize|pack: a dataset, its health, looks and speed",

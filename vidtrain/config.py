@@ -21,11 +21,23 @@ if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
 
-# Values that are names of files: Hydra's grammar would trip over their spaces, commas and '='.
-FILE_KEYS = ("ckpt", "input", "output", "resume", "data.root", "data.annotations")
+# Values that are names of files, or patterns: Hydra's grammar would trip over their spaces, commas, '='
+# and brackets.
+FILE_KEYS = (
+    "ckpt", "input", "output", "resume", "data.root", "data.annotations", "model.weights", "freeze",
+)  # fmt: skip
+LISTS = {
+    "model.weights": "{",
+    "freeze": "[",
+}  # how a file for each part, and several patterns, begin
 
 # What a verb cannot do without.
-REQUIRED = {"test": ("ckpt",), "predict": ("ckpt", "input"), "data": ("action",)}
+REQUIRED = {
+    "test": ("ckpt",),
+    "predict": ("ckpt", "input"),
+    "extract": ("output",),
+    "data": ("action",),
+}
 
 
 def conf_dir() -> Path:
@@ -74,6 +86,8 @@ def quote(arg: str, sweep: bool = False) -> str:
     if not equals or key.lstrip("+") not in FILE_KEYS or re.fullmatch(plain, value):
         return arg
     if value.startswith("${") or (len(value) > 1 and value[0] == value[-1] and value[0] in "'\""):
+        return arg
+    if value.startswith(LISTS.get(key.lstrip("+"), "${")):
         return arg
     escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
     escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
@@ -315,6 +329,17 @@ def choices() -> dict[str, str]:
     from hydra.core.hydra_config import HydraConfig
 
     return dict(HydraConfig.get().runtime.choices) if HydraConfig.initialized() else {}
+
+
+def model_defaults() -> DictConfig | None:
+    """Compose what this job's model would train with if nothing else were said; None outside a job."""
+    from hydra import compose
+    from hydra.core.global_hydra import GlobalHydra
+
+    model = choices().get("model")
+    if model is None or not GlobalHydra.instance().is_initialized():
+        return None
+    return compose("train", [f"model={model}"])
 
 
 def resolved(cfg: DictConfig) -> dict[str, Any]:

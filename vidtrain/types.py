@@ -85,13 +85,19 @@ class Sample(TypedDict, total=False):
     """One video with all its views, as a worker hands it over."""
 
     video: Tensor  # (V, T, C, H, W) uint8, ready crops (training)
+    flow: Tensor  # (V, T, 2, H, W) uint8, the field of each frame, see data/flow.py (training)
     frames: Tensor  # (N, C, H, W) uint8, each wanted frame once (testing; or data/spill.py) ...
     view_frames: Tensor  # (V, T) int64, which of them make a view ...
+    fields: Tensor  # (M, 2, H, W) uint8, each wanted field once, of the frames' size (testing) ...
+    view_fields: Tensor  # (V, T) int64, which of them make a view ...
     view_crops: np.ndarray  # (V, 3) int64, and where it lies in them: top, left, size
+    flow_steps: Tensor  # (V, T, 2) float32, what a byte's step of dx and dy is worth, in bounds
+    features: Tensor  # (V, D, T) float32, where these are what is known of a video
     label: Tensor  # () int64, -1 where unknown, or (K,) float32 of zeros and ones
     index: int  # the row of the split
     seed: int  # of this sample's random draws
     fps: float  # frames per second as the model sees them
+    extent: tuple[int, float]  # of windows over the whole video: its frames, and its own rate
     failures: list[Failure]  # rows that this sample stands in for, or itself
 
 
@@ -99,6 +105,8 @@ class Batch(TypedDict, total=False):
     """What the model's task sees, after the device transform."""
 
     video: Tensor | Views  # (B, V, C, T, H, W) float
+    flow: Tensor | Views  # (B, V, 2, T, H, W) float, pixels / data.flow_bound, within -1 and 1
+    features: Tensor  # (B, V, D, T) float
     label: Tensor  # (B,) int64, or (B, K) float32
     index: Tensor  # (B,) int64
     failures: list[Failure]
@@ -173,17 +181,31 @@ class VideoReader(Protocol):
 
 @runtime_checkable
 class VideoModel(Protocol):
-    """What every architecture is to the rest of the house."""
+    """What every architecture is to the rest of the house.
+
+    Inputs by their key:
+
+        video      (B, 3, T, H, W) normalised
+        flow       (B, 2, T, H, W) from -1 to 1, displacements dx and dy over 20 pixels: field t leads
+                   from frame t of the clip to the frame that follows it in the video
+        features   (B, D, T)
+
+    A network may answer S times (the steps of an LSTM, the levels of a pyramid, two streams): its
+    logits are then `(B, S, K)`. Each answer is compared with the label, and a video's score is the
+    mean of theirs, or what the network's own `fuse` makes of them, where it has this method:
+
+        fuse(scores (N, S, K)) -> (N, K)    after the mean over views
+    """
 
     inputs: tuple[str, ...]  # batch keys, in the order of `forward`: ("video",)
     num_features: int  # D of `forward_features`
 
     def __call__(self, *inputs: Any) -> Tensor:
-        """`(B, C, T, H, W) -> (B, K)` logits; `(B, D)` after `reset_classifier(0)`."""
+        """Inputs -> `(B, K)` or `(B, S, K)` logits; `(B, D)` after `reset_classifier(0)`."""
         ...
 
     def forward_features(self, *inputs: Any) -> Tensor:
-        """`(B, C, T, H, W) -> (B, D, t, h, w)`."""
+        """Inputs -> `(B, D, t, h, w)`."""
         ...
 
     def reset_classifier(self, num_classes: int) -> None:

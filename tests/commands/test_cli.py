@@ -17,7 +17,7 @@ def test_help_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "vidtrain VERB key=value" in done.stdout
-    for verb in ("train", "test", "predict", "summary", "bench", "data", "completion"):
+    for verb in ("train", "test", "predict", "extract", "summary", "bench", "data", "completion"):
         assert f"\n  {verb} " in done.stdout
 
 

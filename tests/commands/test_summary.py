@@ -47,6 +47,17 @@ def test_the_clip_and_the_classes_come_from_the_command_line(vidtrain):
     assert report["layers"][-1]["output"] == [3]
 
 
+def test_every_input_is_named(vidtrain):
+    words = ("model=two_stream", *DATA, "clip.num_frames=4", "clip.size=64")
+    report = json.loads(vidtrain("summary", *words, "format=json").out)
+    assert report["input"] == {"video": [3, 4, 64, 64], "flow": [2, 4, 64, 64]}
+    title = vidtrain("summary", *words).out.splitlines()[0]
+    assert " ".join(title.split()) == "two_stream, video 3 x 4 x 64 x 64, flow 2 x 4 x 64 x 64"
+    alone = json.loads(vidtrain("summary", *words, "model.streams=temporal", "format=json").out)
+    assert alone["input"] == [2, 4, 64, 64]
+    assert alone["params"] < report["params"]
+
+
 def test_nothing_is_computed_read_or_downloaded(vidtrain, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("weights were asked for")

@@ -19,6 +19,7 @@ from vidtrain.data import manifest as manifests
 from vidtrain.data import resize as resizing
 from vidtrain.data.decode import open_video
 from vidtrain.data.encode import Settings, encode, target_size
+from vidtrain.data.ledger import PARTS
 from vidtrain.data.manifest import Manifest
 from vidtrain.data.prepare import folder
 from vidtrain.data.resize import Failed, Job, Outcome, cpu_per_clip, make, resize
@@ -325,7 +326,7 @@ def test_a_full_disk_stops_the_run(dataset, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(resizing, "make", no_space)
     with pytest.raises(UserError, match="No space left on device; make room, and the same command"):
         run(dataset, tmp_path / "o")
-    assert not (tmp_path / "o" / resizing.PARTS).exists()
+    assert not (tmp_path / "o" / PARTS).exists()
 
 
 def test_folders_that_are_refused(dataset: Path, tmp_path: Path) -> None:
@@ -365,7 +366,7 @@ def test_names_that_would_clash_and_settings_that_are_wrong(tmp_path: Path) -> N
 
 def test_two_runs_at_once_are_refused(dataset: Path, tmp_path: Path) -> None:
     with (
-        resizing._Ledger(tmp_path / "o", SMALL),
+        resizing.ledger_of(tmp_path / "o", SMALL),
         pytest.raises(UserError, match="another action=resize is writing"),
     ):
         run(dataset, tmp_path / "o")
@@ -424,7 +425,7 @@ def test_ctrl_c_stops_and_the_same_command_goes_on(twelve: Path, tmp_path: Path)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "the same command goes on with the rest" in said and "Traceback" not in said
-    assert not (output / resizing.PARTS).exists()
+    assert not (output / PARTS).exists()
     made = whole_videos(output)
     assert 2 <= made < 12
     outcome = run(twelve, output, settings=Settings(preset="slower"))
@@ -441,7 +442,7 @@ def test_a_run_that_is_killed_leaves_whole_videos(twelve: Path, tmp_path: Path) 
     assert 2 <= whole_videos(output) < 12
     outcome = run(twelve, output, settings=Settings(preset="slower"))
     assert outcome.made < 12 == len(outcome.videos) == whole_videos(output)
-    assert not (output / resizing.PARTS).exists()
+    assert not (output / PARTS).exists()
 
 
 def whole_videos(output: Path) -> int:

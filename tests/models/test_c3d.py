@@ -60,7 +60,7 @@ def test_the_slides_fully_connected_rows_are_27_times_too_large():
         assert gmacs * 27 == pytest.approx(wrong, abs=0.005)
 
 
-@pytest.mark.parametrize(("pool5", "side"), [("ceil", 4), ("floor", 3)])
+@pytest.mark.parametrize(("pool5", "side"), [("ceil", 4), ("floor", 3), ("pad", 4)])
 def test_pool5(pool5, side):
     assert layers_of(num_classes=487, pool5=pool5)["pool5"].output == [512, 1, side, side]
 
@@ -68,10 +68,16 @@ def test_pool5(pool5, side):
 def test_pool5_has_caffes_windows_and_not_those_of_padding():
     ramp = torch.arange(49.0).view(1, 1, 1, 7, 7).expand(1, 1, 2, 7, 7)
     with torch.device("meta"):
-        pool5 = c3d(num_classes=2).pool5
-    padded = nn.MaxPool3d(2, 2, padding=(0, 1, 1))
+        pool5, padded = c3d(num_classes=2).pool5, c3d(num_classes=2, pool5="pad").pool5
     assert pool5(ramp)[0, 0, 0, 0].tolist() == [8, 10, 12, 13]
     assert padded(ramp)[0, 0, 0, 0].tolist() == [0, 2, 4, 6]
+
+
+@pytest.mark.parametrize("size", [32, 48, 112])
+def test_any_size_can_be_padded(size):
+    with torch.device("meta"):
+        net = c3d(num_classes=2, size=size, pool5="pad")
+        assert net(torch.empty(1, 3, 16, size, size)).shape == (1, 2)
 
 
 def test_receptive_field_of_the_front_layers_by_gradient():

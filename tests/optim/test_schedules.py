@@ -2,7 +2,7 @@ import pytest
 from torch import nn
 
 from vidtrain.optim.groups import decay_groups
-from vidtrain.optim.schedules import adamw, rate, sgd
+from vidtrain.optim.schedules import adamw, rate, rmsprop, sgd
 from vidtrain.types import UserError
 
 
@@ -14,6 +14,14 @@ def test_cosine_with_warmup_by_hand():
     assert rates[55] == pytest.approx(0.5)
     assert rates[100] == pytest.approx(0.0, abs=1e-9)
     assert sorted(rates[10:], reverse=True) == rates[10:]
+
+
+def test_warmup_may_begin_above_zero():
+    rates = [rate(step, 100, "cosine", 0.1, (), 0.1, warmup_from=0.1) for step in range(11)]
+    assert rates[0] == pytest.approx(0.1 + 0.9 / 11)
+    assert rates[10] == 1.0
+    with pytest.raises(UserError, match=r"optim.warmup_from is 2"):
+        sgd(nn.Linear(2, 2), 10, lr=0.5, warmup=0.1, warmup_from=2)
 
 
 def test_steps_and_constant_by_hand():
@@ -30,7 +38,7 @@ def test_biases_and_norms_do_not_decay():
     assert len(rest["params"]) == 4
 
 
-@pytest.mark.parametrize("make", [sgd, adamw])
+@pytest.mark.parametrize("make", [sgd, adamw, rmsprop])
 def test_the_schedule_moves_the_optimizers_rate(make):
     built = make(nn.Linear(2, 2), 10, lr=0.5, schedule="cosine", warmup=0.2)
     optimizer, scheduler = built["optimizer"], built["lr_scheduler"]["scheduler"]

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from vidtrain.tasks import base
 from vidtrain.tasks.classification import Classification
+from vidtrain.types import UserError
 
 
 class Lookup(nn.Module):
@@ -90,3 +92,125 @@ def test_a_batch_of_failures_changes_nothing():
     task = make()
     assert task.test_step({"failures": ["..."], "index": torch.tensor([])}, 0) == {}
     assert not any(metric.update_called for metric in task.test_metrics.values())
+
+
+class Steps(Lookup):
+    """Answers once per channel: `(B, S, 1, 1, K) -> (B, S, K)`."""
+
+    def forward(self, video: torch.Tensor) -> torch.Tensor:
+        self.calls.append(len(video))
+        return video[:, :, 0, 0, : self.num_classes]
+
+
+class Best(Steps):
+    """... and is as sure as its surest answer."""
+
+    def fuse(self, scores: torch.Tensor) -> torch.Tensor:
+        assert scores.ndim == 3
+        return scores.amax(1)
+
+
+ANSWERS = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0)) * 3  # (B, V, S, K)
+
+
+def answering(net=Steps, **settings) -> Classification:
+    task = Classification(5, **settings)
+    task.model = net(5)
+    return task.eval()
+
+
+@pytest.mark.parametrize("per_forward", [None, 2])
+def test_each_of_many_answers_has_its_loss_and_their_scores_are_averaged(per_forward):
+    task, label = answering(), torch.tensor([0, 3])
+    task.views_per_forward = per_forward
+    output = task.step({"video": ANSWERS[:, :, :, None, None], "label": label})
+    by_hand = -torch.stack([ANSWERS.log_softmax(-1)[b, ..., k] for b, k in enumerate(label)])
+    torch.testing.assert_close(output.loss, by_hand.mean())
+    torch.testing.assert_close(output.scores, ANSWERS.softmax(-1).mean((1, 2)))
+    torch.testing.assert_close(output.clip_scores, ANSWERS.softmax(-1).mean(2))
+    torch.testing.assert_close(task.probabilities(ANSWERS), output.scores)
+
+
+def test_a_network_that_fuses_its_answers_is_given_the_mean_over_views():
+    task = answering(Best)
+    batch = {"video": ANSWERS[:, :, :, None, None], "label": torch.tensor([0, 3])}
+    output = task.step(batch)
+    scores = ANSWERS.softmax(-1)
+    torch.testing.assert_close(output.scores, scores.mean(1).amax(1))
+    torch.testing.assert_close(output.clip_scores, scores.amax(2))
+    torch.testing.assert_close(task.probabilities(ANSWERS), output.scores)
+    assert not torch.allclose(output.scores, scores.amax(2).mean(1))  # the other way round
+    torch.testing.assert_close(output.loss, answering().step(batch).loss)
+
+
+def test_many_answers_and_many_labels():
+    task = answering(multi_label=True)
+    target = torch.tensor([[1.0, 0, 1, 0, 0], [0, 0, 0, 1, 0]])
+    output = task.step({"video": ANSWERS[:, :, :, None, None], "label": target})
+    p, t = ANSWERS.sigmoid(), target[:, None, None].expand_as(ANSWERS)
+    torch.testing.assert_close(output.scores, p.mean((1, 2)))
+    by_hand = -(t * p.log() + (1 - t) * (1 - p).log()).mean()
+    torch.testing.assert_close(output.loss, by_hand)
+
+
+class Sum(Lookup):
+    inputs = ("video", "flow")
+
+    def forward(self, video, flow):
+        return super().forward(video) + 10 * super().forward(flow)
+
+
+@pytest.mark.parametrize("per_forward", [None, 1])
+def test_a_network_gets_its_inputs_in_its_own_order(per_forward):
+    task = Classification(3)
+    task.model, task.views_per_forward = Sum(3), per_forward
+    flow = torch.tensor(LOGITS).flip(2)
+    batch = {"flow": video(flow.tolist()), "video": video(LOGITS), "label": torch.tensor([0, 1])}
+    expected = torch.tensor(LOGITS) + 10 * flow
+    torch.testing.assert_close(task.eval().logits(batch), expected)
+
+
+def test_a_batch_without_pictures_is_scored():
+    task = make()
+    task.model.inputs = ("flow",)
+    batch = {"flow": video(LOGITS), "label": torch.tensor([0, 1]), "index": torch.tensor([0, 1])}
+    output = task.test_step(batch, 0)
+    torch.testing.assert_close(output["scores"], torch.tensor(LOGITS).softmax(-1).mean(1))
+    assert task.test_metrics.compute()["test/top1"].item() == 1.0
+
+
+class Lazy:
+    """Views of a batch that are made when they are asked for."""
+
+    def __init__(self, whole: torch.Tensor) -> None:
+        self.whole, self.shape = whole, whole.shape
+
+    def pieces(self, size):
+        for views in self.whole:
+            yield from views.split(size or 2)
+
+
+@pytest.mark.parametrize("lazy", [("video", "flow"), ("flow",)])
+def test_inputs_that_are_made_a_few_at_a_time_stay_together(lazy, monkeypatch):
+    torch.manual_seed(0)
+    batch = {key: torch.randn(2, 5, 3, 1, 1, 3) for key in ("video", "flow")}
+    task = Classification(3)
+    task.model = Sum(3)
+    whole = task.eval().logits(batch)
+    pieces = {key: Lazy(value) if key in lazy else value for key, value in batch.items()}
+    for task.views_per_forward in (None, 2):
+        task.model.calls.clear()
+        assert torch.equal(task.logits(pieces), whole)
+    assert max(task.model.calls) == 2  # never more than asked for
+    monkeypatch.setattr(base, "PIECE", 4 * (9 + 9) * 3)  # room for three views of both
+    task.views_per_forward = None
+    task.model.calls.clear()
+    assert torch.equal(task.logits(pieces), whole)
+    assert max(task.model.calls) == 3
+
+
+def test_what_the_data_lack_is_named():
+    task = Classification(3)
+    task.model = Sum(3)
+    with pytest.raises(UserError, match=r"takes video and flow; for flow add data\.flow=farneback"):
+        task.logits({"video": video(LOGITS)})

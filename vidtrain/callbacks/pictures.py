@@ -110,7 +110,7 @@ class Pictures(L.Callback):
         self.metric.update(scores.float(), target.long())
         if target.ndim == 2:
             self.positives += target.sum(0)
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and "video" in batch:  # flow or features alone are not shown
             count = min(self.wanted[batch_idx], len(scores))
             for i in torch.linspace(0, len(scores) - 1, count).round().long().tolist():
                 self.videos.append(self._video(trainer, batch, scores, target, i))

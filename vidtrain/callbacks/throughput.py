@@ -60,8 +60,9 @@ class Throughput(L.Callback):
     ) -> None:
         """Count the batch's clips."""
         self._skip = False
-        if "video" in batch:  # (B, V, ...): each view is a sample of its own
-            self._clips += math.prod(batch["video"].shape[:2]) * trainer.world_size
+        first = pl_module.model.inputs[0]  # type: ignore[union-attr,index]
+        if first in batch:  # (B, V, ...): each view is a sample of its own
+            self._clips += math.prod(batch[first].shape[:2]) * trainer.world_size
         self._batch_ended = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -141,8 +141,11 @@ def main(cfg: DictConfig) -> None:
     if cfg.data.num_classes is None:
         with open_dict(cfg):
             cfg.data.num_classes = len(data.label_names)
+    if data.has_features:
+        raise UserError(f"bench times videos, and data={data.name} has features")
     data.labelled("train")
     task = build.task(cfg, build.model(cfg))
+    data.feed(task.model.inputs)  # type: ignore[arg-type]
     trainer = build.trainer(cfg, Path("."), [], [])
     try:
         found = measure(data, task, trainer, float(seconds))

@@ -28,6 +28,8 @@ def main(cfg: DictConfig) -> int | None:
         raise UserError(f"no action '{cfg.action}'{config.nearest(cfg.action, list(ACTIONS))}")
     check_settings(cfg)
     data = build.data(cfg)
+    if data.has_features and cfg.action != "prepare":
+        raise UserError(f"action={cfg.action} is for videos, and data={data.name} has features")
     if cfg.split is not None:
         data.split_of(cfg.split)
     # No emoji: a class `:car:` is printed as it is.
@@ -199,9 +201,8 @@ def common(counts: Counter[Any]) -> str:
 
 def show(cfg: DictConfig, data: Any, console: Console) -> None:
     """Write a contact sheet of training clips, exactly as the chosen model would get them."""
-    import torch
-
     from vidtrain.visualize.clips import contact_sheet
+    from vidtrain.visualize.flow import flow_pictures
 
     split = data.split_of(cfg.split or "train")
     dataset = data.dataset(split, training=split == "train")
@@ -211,35 +212,50 @@ def show(cfg: DictConfig, data: Any, console: Console) -> None:
         sample = dataset[index, int(rng.integers(2**31))]
         for failure in sample["failures"]:
             console.print(f"skipped {failure.path}: {failure.reason}", style="yellow", markup=False)
-        if "video" not in sample and "frames" not in sample:
+        if "fps" not in sample:
             continue
         row = dataset.rows.row(sample["index"])
-        clips.append(seen_by_model(data, sample))
+        pixels, flow = seen_by_model(data, sample)
+        clips.append(pixels)
         label = ", ".join(data.label_names[number] for number in row.labels) or "no label"
         captions.append(f"{label}\n{row.path}, {sample['fps']:.4g} frames/s")
+        if flow is not None:
+            pictures, brightest = flow_pictures(flow)
+            clips.append(pictures)
+            captions.append(f"its flow; the strongest colour is {brightest:.3g} pixels")
     if not clips:
         raise UserError(
             f"not one clip of '{split}' can be read; vidtrain data action=check says why"
         )
     output = output_file(cfg, f"{data.name}-{split}.png")
-    contact_sheet([clip.to(torch.uint8) for clip in clips], captions, output)
+    contact_sheet(clips, captions, output)
     clip: Clip = data.clip
     console.print(
-        f"{len(clips)} clips of {clip.num_frames} frames, {clip.size} x {clip.size}, in {output}",
+        f"{len(clips) // (1 if data.flow is None else 2)} clips of {clip.num_frames} frames, {clip.size} x {clip.size}, in {output}",
         markup=False,
         highlight=False,
         soft_wrap=True,
     )
 
 
-def seen_by_model(data: Any, sample: Any) -> Any:
-    """Run a sample through the device transform and back to pixels: `(T, C, H, W)` in 0 to 255."""
+def seen_by_model(data: Any, sample: Any) -> tuple[Any, Any]:
+    """Run a sample through the device transform and back.
+
+    Returns:
+        Its frames as `(T, C, H, W)` uint8, and its flow as `(T, 2, H, W)` pixels, None where it has none.
+    """
+    import torch
+
     from vidtrain.data.collate import collate
 
     data.transform.train("video" in sample)
-    video = data.transform(collate([sample]))["video"][0, 0]  # (C, T, H, W)
+    batch = data.transform(collate([sample]))
+    video = batch["video"][0, 0]  # (C, T, H, W)
     pixels = (video - data.transform.shift) / data.transform.scale
-    return pixels.round().clamp(0, 255).transpose(0, 1)
+    pixels = pixels.round().clamp(0, 255).transpose(0, 1).to(torch.uint8)
+    if "flow" not in batch:
+        return pixels, None
+    return pixels, batch["flow"][0, 0].transpose(0, 1) * data.flow_bound
 
 
 def pack(cfg: DictConfig, data: Any, console: Console) -> int:
@@ -383,6 +399,71 @@ def print_gain(console: Console, root: str, output: Path, outcome: Any) -> None:
 TIMED = 16  # files of which resize takes clips
 
 
+def flow(cfg: DictConfig, data: Any, console: Console) -> int:
+    """Compute the flow of all videos, once, into `data.flow_root`; say what it takes and how exact it is."""
+    import torch
+
+    from vidtrain.data import flow_store
+
+    if data.flow_root is None:
+        raise UserError("data.flow_root is not set; name a folder for the flow")
+    settings = dict(cfg.flow)
+    seconds = settings.pop("time_limit")
+    if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not seconds > 0:
+        raise UserError(f"flow.time_limit is {seconds!r}; it must be a number of seconds")
+    workers = max(1, data.workers)
+    if data.flow_method == "raft" and torch.cuda.is_available():
+        # of each GPU one computes while the other reads and writes
+        workers = min(workers, 2 * torch.cuda.device_count())
+    bar = Progress(console=Console(stderr=True))
+    task = bar.add_task("flow")
+    with ExitStack() as shown:
+
+        def tell(done: int, total: int) -> None:
+            if not bar.live.is_started:  # not before mistakes in the settings are out of the way
+                shown.enter_context(bar)
+            bar.update(task, completed=done, total=total)
+
+        try:
+            outcome = flow_store.compute(
+                data.manifest,
+                cfg.split,
+                data.flow_root,
+                flow_store.Settings(data.flow_method, data.flow_bound, **settings),
+                data.flow_direction,
+                data.flow_weights,
+                workers,
+                float(seconds),
+                tell,
+            )
+        except KeyboardInterrupt:
+            shown.close()
+            print("what is done stays; the same command goes on with the rest", file=sys.stderr)
+            raise
+    for path, reason, _ in outcome.failed:
+        console.print(f"unusable: {path}: {reason}", style="red", markup=False, soft_wrap=True)
+    found = outcome.summary()
+    console.print(
+        f"{found['fields']:,} fields in {found['files']:,} files, {found['bytes'] / 1e6:,.1f} MB,"
+        f" {found['bytes_per_field']:,.0f} bytes a field; rounding and coding change them by"
+        f" {found['mean_abs_error']:.3f} pixels on average, and {found['beyond_bound']:.2%} is beyond"
+        f" {data.flow_bound:g} pixels",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    options = ["data.flow=stored", f"data.flow_method={data.flow_method}"]
+    options += [f"data.flow_root={data.flow_root}"] if data.wanted_flow_root else []
+    console.print(
+        f"{outcome.made} files made, {len(outcome.files) - outcome.made} there before,"
+        f" {len(outcome.failed)} unusable; to use them: {shlex.join(options)}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 1 if outcome.failed else 0
+
+
 ACTIONS: dict[str, Callable[[DictConfig, Any, Console], int | None]] = {
     "prepare": prepare,
     "check": check,
@@ -390,4 +471,5 @@ ACTIONS: dict[str, Callable[[DictConfig, Any, Console], int | None]] = {
     "show": show,
     "pack": pack,
     "resize": resize,
+    "flow": flow,
 }

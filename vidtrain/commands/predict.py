@@ -17,6 +17,7 @@ from rich.table import Table
 from vidtrain import build, checkpoint, config
 from vidtrain.data.collate import collate
 from vidtrain.data.dataset import Files, VideoDataset
+from vidtrain.data.fields import STORED, Flow
 from vidtrain.data.loader import Loader, start_worker
 from vidtrain.data.module import default_workers
 from vidtrain.data.order import EvaluationOrder
@@ -59,6 +60,11 @@ def main(cfg: DictConfig) -> int:
     task = checkpoint.build_task(saved, path, cfg.allow)
     task.views_per_forward = merged.views.per_forward
     task.to(device).eval()
+    inputs: tuple[str, ...] = task.model.inputs  # type: ignore[assignment]
+    if "features" in inputs:
+        raise UserError(
+            f"{path} takes features, not videos: `vidtrain extract`, then `vidtrain test data=features`"
+        )
 
     files = find_files(Path(str(cfg.input)).expanduser())
     clip = Clip(**{k: v for k, v in config.resolved(merged)["clip"].items() if k != "_target_"})
@@ -75,6 +81,8 @@ def main(cfg: DictConfig) -> int:
         region=facts["region"],
         span=facts["span"],
         sources=Sources(cfg.decoder),
+        flow=flow_of(facts) if "flow" in inputs else None,
+        inputs=inputs,
         spill=Path(cfg.paths.cache).expanduser() / "spill",
         spill_above=merged.views.memory << 20,
     )
@@ -87,7 +95,10 @@ def main(cfg: DictConfig) -> int:
         worker_init=start_worker,
     )
     transform = DeviceTransform(
-        clip.mean, clip.std, lazily_above=4 * merged.views.memory << 20
+        clip.mean,
+        clip.std,
+        lazily_above=4 * merged.views.memory << 20,
+        flow_mean=facts.get("flow_mean", False),
     ).eval()
     names = saved["vidtrain"]["label_names"]
     console = Console(emoji=False)  # a label `:car:` is printed as it is
@@ -114,6 +125,12 @@ def main(cfg: DictConfig) -> int:
         soft_wrap=True,
     )
     return 1 if failed else 0
+
+
+def flow_of(facts: dict[str, Any]) -> Flow:
+    """Compute flow as the checkpoint's data had it; what was stored there, by the same method."""
+    method = facts["flow_method"] if facts["flow"] == STORED else facts["flow"]
+    return Flow(method, facts["flow_bound"], facts["flow_direction"], weights=facts["flow_weights"])
 
 
 def check_number(key: str, value: Any, least: int) -> None:
@@ -200,14 +217,10 @@ def predictions(
         lines: dict[int, dict[str, Any]] = {}
         for failure in batch["failures"]:
             lines[failure.row] = {"path": str(files[failure.row]), "error": failure.reason}
-        if "frames" in batch:
-            for key in ("frames", "view_frames"):
-                batch[key] = [
-                    part.to(device) if isinstance(part, torch.Tensor) else part
-                    for part in batch[key]
-                ]
+        if len(batch["index"]):
             with torch.inference_mode():
-                scores = task.probabilities(task.logits(transform(batch))).cpu()
+                views = transform(to_device(batch, device))
+                scores = task.probabilities(task.logits(views)).cpu()
             for index, values in zip(batch["index"].tolist(), scores, strict=True):
                 best, places = values.topk(min(top, len(names)))
                 labels = [
@@ -217,6 +230,18 @@ def predictions(
                 lines[index] = {"path": str(files[index]), "predictions": labels}
         for index in sorted(lines):
             yield lines[index]
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Move what a network sees of a batch of videos under test."""
+    for key in ("frames", "view_frames", "fields", "view_fields"):
+        if key in batch:
+            batch[key] = [
+                part.to(device) if isinstance(part, torch.Tensor) else part for part in batch[key]
+            ]
+    if "flow_steps" in batch:
+        batch["flow_steps"] = batch["flow_steps"].to(device)
+    return batch
 
 
 def write_line(file: TextIO, line: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from vidtrain import build
 from vidtrain.trace.table import Layer, layer_table
-from vidtrain.types import UserError
+from vidtrain.types import UserError, VideoModel
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -28,20 +28,21 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     """Print the layers of `cfg.model` for one clip of `cfg.clip`.
 
     Returns:
-        What `format=json` prints: `model`, `input`, `params`, `macs` and `layers`.
+        What `format=json` prints: `model`, `input`, `params`, `macs` and `layers`. `input` is a
+        size, or where a network has several inputs an object of their sizes by name.
 
     Raises:
         UserError: `format` is neither table nor json.
     """
     if cfg.format not in FORMATS:
         raise UserError(f"format is '{cfg.format}'; it must be one of {', '.join(FORMATS)}")
-    shape = [3, cfg.clip.num_frames, cfg.clip.size, cfg.clip.size]
     with torch.device("meta"):
-        model = build.model(cfg)
-    layers = layer_table(model, shape)
+        model: Any = build.model(cfg)
+    shapes = input_shapes(model, cfg.clip)
+    layers = layer_table(model, *shapes.values())
     report = {
         "model": cfg.model._target_.rpartition(".")[2],
-        "input": shape,
+        "input": shapes if len(shapes) > 1 else next(iter(shapes.values())),
         "params": sum(layer.params for layer in layers),
         "macs": sum(layer.macs for layer in layers),
         "layers": [dataclasses.asdict(layer) for layer in layers],
@@ -49,15 +50,29 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     if cfg.format == "json":
         print(json.dumps(report))
     else:
-        _print_table(report, layers)
+        _print_table(report, shapes, layers)
     return report
 
 
-def _print_table(report: dict[str, Any], layers: Sequence[Layer]) -> None:
+def input_shapes(model: VideoModel, clip: DictConfig) -> dict[str, list[int]]:
+    """Give the size of each of a network's inputs for one clip, without the batch."""
+    frames, size = clip.num_frames, clip.size
+    known = {
+        "video": [3, frames, size, size],
+        "flow": [2, frames, size, size],
+        "features": [model.num_features, frames],
+    }
+    return {key: known[key] for key in model.inputs}
+
+
+def _print_table(
+    report: dict[str, Any], shapes: dict[str, list[int]], layers: Sequence[Layer]
+) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)  # in a file or a pipe nothing is cut
-    table = Table(title=f"{report['model']}, input {_times(report['input'])}", show_footer=True)
+    sizes = ", ".join(f"{key} {_times(shape)}" for key, shape in shapes.items())
+    table = Table(title=f"{report['model']}, {sizes}", show_footer=True)
     table.add_column("layer", footer=f"{len(layers)} layers", overflow="fold")
     table.add_column("type", overflow="fold")
     table.add_column("output", justify="right")

@@ -45,6 +45,7 @@ def main(cfg: DictConfig) -> int | None:
     )  # the user's own files may name anything
     build.check_targets(merged.data, str(path), [*cfg.allow, *ours])
     data = build.data(merged)
+    data.feed(task.model.inputs)
     data.test_split = data.split_of(cfg.split)
     compare_labels(saved["vidtrain"]["label_names"], data.label_names, path)
     compare_data(saved["vidtrain"], data, console)

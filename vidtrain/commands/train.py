@@ -7,6 +7,7 @@ import shlex
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,12 @@ from vidtrain.commands.test import run_test
 from vidtrain.data.manifest import is_url
 from vidtrain.loggers import closing
 from vidtrain.types import UserError
+from vidtrain.weights.load import fill
 
 # Keys in which a run that is gone on with may differ from the one that stopped.
 FREE_KEYS = ("resume", "test", "split", "logger", "callbacks", "paths", "debug")
+# And those without which its state would not fit.
+PART_KEYS = ("model", "clip", "task", "freeze")
 
 
 def main(cfg: DictConfig) -> float | int | None:
@@ -37,6 +41,7 @@ def main(cfg: DictConfig) -> float | int | None:
 
     start = None if cfg.ckpt is None else checkpoint.find(cfg.ckpt)
     build.check_optim(cfg)
+    weights = build.weights(cfg, start or run_to_go_on(cfg), partial(tell_line, console))
     with open_dict(cfg):  # so that the checkpoint can be tested from any folder
         if not is_url(cfg.data.root):
             cfg.data.root = str(Path(cfg.data.root).expanduser().absolute())
@@ -49,15 +54,22 @@ def main(cfg: DictConfig) -> float | int | None:
     if cfg.test:
         data.test_split = data.labelled(cfg.split)
 
-    network = build.model(cfg)
+    network: Any = build.model(cfg)
+    data.feed(network.inputs)
     task = build.task(cfg, network)
     name = config.choices().get("model", cfg.model._target_)
     task.description = checkpoint.describe(
         cfg, name, data.label_names, data.manifest.fingerprint, command()
     )
+    if task.frozen or cfg.get("freeze"):
+        tell_line(console, frozen_line(task))
     if start is not None:
         start_from(task, start, console)
     resume_from = find_run(cfg, run_dir, console)
+    if resume_from is None:
+        for part in weights:
+            tell_line(console, fill(network, part, data.label_names))
+    weights.clear()  # a whole network's tensors
     if resume_from is not None:
         made, run_dir = run_dir, resume_from.parent.parent
         if made != run_dir and made.is_dir() and not any(made.iterdir()):
@@ -95,6 +107,7 @@ def quieten() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")  # frozen
     warnings.filterwarnings(
         "ignore", ".*your dataloader is not resumable.*"
     )  # ours resumes exactly
@@ -124,6 +137,20 @@ def tell(console: Console, data: Any) -> None:
             style="yellow",
             highlight=False,
         )
+
+
+def tell_line(console: Console, line: str) -> None:
+    """Print a line as it is, however long."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def frozen_line(task: Any) -> str:
+    """Count what `freeze` took out of training."""
+    parameters = list(task.model.parameters())
+    still = sum(p.numel() for p in parameters if not p.requires_grad)
+    every = sum(p.numel() for p in parameters)
+    what = ", ".join(task.frozen) or "single parameters"
+    return f"frozen: {what}: {still:,} of {every:,} parameters"
 
 
 def start_from(task: Any, path: Path, console: Console) -> None:
@@ -160,6 +187,21 @@ def head_keys(task: Any) -> set[str]:
     return {key for key in task.state_dict() if key.startswith("model.") and key not in left}
 
 
+def run_to_go_on(cfg: DictConfig) -> Path | None:
+    """Turn `resume=` a run or a checkpoint into the checkpoint.
+
+    Raises:
+        UserError: there is none.
+    """
+    if cfg.resume is None or cfg.resume == "auto":
+        return None
+    path = Path(cfg.resume).expanduser().absolute()  # Lightning compares folders as text
+    path = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"resume={cfg.resume}: there is no {path}; name a run's folder")
+    return path
+
+
 def find_run(cfg: DictConfig, run_dir: Path, console: Console) -> Path | None:
     """Find the checkpoint to go on from: `resume=auto` takes the newest unfinished run like this.
 
@@ -168,11 +210,7 @@ def find_run(cfg: DictConfig, run_dir: Path, console: Console) -> Path | None:
     """
     if cfg.resume is None:
         return None
-    if cfg.resume != "auto":
-        path = Path(cfg.resume).expanduser().absolute()  # Lightning compares folders as text
-        path = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
-        if not path.is_file():
-            raise UserError(f"resume={cfg.resume}: there is no {path}; name a run's folder")
+    if (path := run_to_go_on(cfg)) is not None:
         check_same(cfg, path)
         return path
     here = config.resolved(cfg)
@@ -199,7 +237,7 @@ def differences(saved: Any, here: dict[str, Any]) -> list[str]:
 def check_same(cfg: DictConfig, path: Path) -> None:
     """Refuse to go on with another model or data than the run had."""
     saved = checkpoint.load(path)["vidtrain"]["config"]
-    wrong = [k for k in differences(saved, config.resolved(cfg)) if k in ("model", "clip", "task")]
+    wrong = [k for k in differences(saved, config.resolved(cfg)) if k in PART_KEYS]
     if wrong:
         raise UserError(
             f"resume={cfg.resume}: that run had another {' and '.join(wrong)};"

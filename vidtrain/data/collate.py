@@ -28,12 +28,13 @@ def collate(samples: list[Sample], empty: Empty = plain_memory) -> dict[str, Any
 
     Returns:
         `video` (B, V, T, C, H, W) uint8, C innermost in memory, where views come ready, else lists
-        of B `frames`, `view_frames`, `view_crops`, since videos differ in size and length; `label`,
-        `index` (B,), `failures`, `fps`, and `seed`, of what is drawn for the batch as a whole. B may
-        be 0: every video of the batch failed.
+        of B `frames`, `view_frames`, `view_crops`, since videos differ in size and length; of flow
+        `flow` (B, V, T, 2, H, W) uint8, else lists of B `fields`, `view_fields`, `view_crops`, and in
+        both cases `flow_steps` (B, V, T, 2); `features` (B, V, D, T) float; `label`, `index` (B,), `failures`, `fps`, and `seed`, of
+        what is drawn for the batch as a whole. B may be 0: every video of the batch failed.
     """
     failures = [failure for sample in samples for failure in sample.get("failures", [])]
-    good = [sample for sample in samples if "video" in sample or "frames" in sample]
+    good = [sample for sample in samples if "fps" in sample]
     batch: dict[str, Any] = {
         "index": torch.tensor([sample["index"] for sample in good], dtype=torch.int64),
         "failures": failures,
@@ -45,15 +46,25 @@ def collate(samples: list[Sample], empty: Empty = plain_memory) -> dict[str, Any
     batch["label"] = torch.stack([sample["label"] for sample in good])
     if "video" in good[0]:
         batch["video"] = stack_channels_last([sample["video"] for sample in good], empty)
-    else:
-        for key in ("frames", "view_frames", "view_crops"):
+    if "flow" in good[0]:
+        batch["flow"] = stack([sample["flow"] for sample in good], empty)
+    if "features" in good[0]:
+        batch["features"] = stack([sample["features"] for sample in good], empty)
+    if "flow_steps" in good[0]:
+        batch["flow_steps"] = torch.stack([sample["flow_steps"] for sample in good])
+    for key in ("frames", "view_frames", "fields", "view_fields", "view_crops", "extent"):
+        if key in good[0]:
             batch[key] = [sample[key] for sample in good]
     return batch
 
 
+def stack(tensors: Sequence[Tensor], empty: Empty) -> Tensor:
+    """Stack tensors of one shape into memory that `empty` makes."""
+    together = empty((len(tensors), *tensors[0].shape), tensors[0].dtype)
+    torch.stack(list(tensors), out=together)
+    return together
+
+
 def stack_channels_last(videos: Sequence[Tensor], empty: Empty) -> Tensor:
     """Stack `(V, T, C, H, W)` videos without changing their order in memory, which is `V T H W C`."""
-    rows = [video.movedim(-3, -1) for video in videos]
-    together = empty((len(rows), *rows[0].shape), rows[0].dtype)
-    torch.stack(rows, out=together)
-    return together.movedim(-1, -3)
+    return stack([video.movedim(-3, -1) for video in videos], empty).movedim(-1, -3)

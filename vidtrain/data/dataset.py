@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from vidtrain.data import sampling
 from vidtrain.data.collate import Empty, plain_memory
+from vidtrain.data.fields import Flow, Wanted
 from vidtrain.data.manifest import Row
 from vidtrain.data.order import Key
 from vidtrain.data.sources import Sources
@@ -79,8 +80,13 @@ class VideoDataset(Dataset[Sample]):
         num_classes: of labels that are sets; None where there is one label a video.
         on_error: `skip` or `raise`.
         sources: what opens a row's video; None: plainly, from its file.
+        flow: how samples come by flow; None: they have none.
+        inputs: of `video` and `flow`, what the model takes; frames that it does not take are not
+            even decoded.
         spill: the folder for frames of a video under test that take more than `spill_above` bytes;
             None: memory takes any.
+        every: in place of `clips`, a clip at every so many frames (counted as `clip.stride` is), over
+            the whole video.
 
     Attributes:
         watch: told row and path of each video before it is opened.
@@ -109,8 +115,11 @@ class VideoDataset(Dataset[Sample]):
         num_classes: int | None = None,
         on_error: str = "skip",
         sources: Sources | None = None,
+        flow: Flow | None = None,
+        inputs: Sequence[str] = ("video",),
         spill: Path | None = None,
         spill_above: int = 512 << 20,
+        every: int | None = None,
     ) -> None:
         if how not in ("random", "segments"):
             raise UserError(f"data.sampling is '{how}'; it is random or segments")
@@ -143,7 +152,14 @@ class VideoDataset(Dataset[Sample]):
         self.region, self.span = region, span
         self.num_classes, self.on_error = num_classes, on_error
         self.sources = sources or Sources()
+        self.has_video = "video" in inputs
+        self.flow = flow if "flow" in inputs else None
+        if "flow" in inputs and flow is None:
+            raise UserError(
+                "the model takes optical flow; add data.flow=stored, or a method to compute it"
+            )
         self.spill, self.spill_above = spill, spill_above
+        self.every = every
         self.lost: dict[int, str] = {}
 
     def __len__(self) -> int:
@@ -202,11 +218,13 @@ class VideoDataset(Dataset[Sample]):
             if self.augment is not None:
                 count = self.augment.repeats
                 indices = first + self.choose(length, reader.fps, count, rng)
-                sample: Sample = {"video": self.training_views(reader, indices, self.augment, rng)}
+                sample = self.training_sample(reader, indices, row, self.augment, rng)
             else:
                 indices = first + self.choose(length, reader.fps, self.clips, None)
-                sample = self.testing_views(reader, indices)
+                sample = self.testing_sample(reader, indices, row)
             sample["fps"] = self.seen_rate(reader.fps, length)
+            if self.every is not None:
+                sample["extent"] = length, reader.fps
             return sample
 
     def seen_rate(self, fps: float, length: int) -> float:
@@ -220,11 +238,95 @@ class VideoDataset(Dataset[Sample]):
     ) -> sampling.Indices:
         """Choose frames, `(V, T)`; evenly spread without `rng`."""
         count, step = self.clip.num_frames, sampling.step(self.clip, fps)
+        if self.every is not None:
+            hop = sampling.hop(self.every, self.clip, fps)
+            return sampling.dense_windows(length, count, step, hop, self.past_end)
         if self.how == "segments":
             return sampling.segments(length, count, views, rng)
         if rng is None:
             return sampling.uniform_clips(length, count, step, views, self.past_end)
         return sampling.random_clips(length, count, step, views, rng, self.past_end)
+
+    def training_sample(
+        self,
+        reader: VideoReader,
+        indices: sampling.Indices,
+        row: Row,
+        augment: Augment,
+        rng: np.random.Generator,
+    ) -> Sample:
+        """Give the crops of each clip's frames, of its flow, or of both, from the same boxes."""
+        if self.flow is None:
+            return {"video": self.training_views(reader, indices, augment, rng)}
+        wanted = self.flow.wanted(indices, len(reader))
+        if self.flow.is_computed:  # between crops, in the pixels that the model sees
+            return self.computed_views(reader, indices, wanted, augment, rng)
+        sample: Sample = {}
+        boxes: list[Geometry] = []
+        if self.has_video:
+            sample["video"] = self.training_views(reader, indices, augment, rng, boxes)
+        else:
+            boxes = self.draw(reader.height, reader.width, len(indices), augment, rng)
+        height, width = reader.height, reader.width
+        scaled: list[Geometry] = []
+
+        def choose(h: int, w: int) -> Box:
+            """Find the boxes in fields, which may have another size than the frames."""
+            scaled[:] = [box.scaled(h / height, w / width) for box in boxes]
+            return geometry.around(scaled)
+
+        pieces = list(self.flow.stored(row.path, reader.path, wanted, len(reader), choose))
+        fields = torch.cat([piece.fields for piece in pieces])
+        steps = torch.cat([self.flow.steps(piece) for piece in pieces])
+        top, left, *_ = geometry.around(scaled)
+        crops, worth = [], []
+        for position, box in zip(wanted.position, scaled, strict=True):
+            crop, across, down = geometry.crop_fields(
+                fields[position], box.moved(-top, -left), self.size
+            )
+            crops.append(crop)
+            worth.append(steps[position] * torch.tensor([across, down]))
+        sample["flow"], sample["flow_steps"] = torch.stack(crops), torch.stack(worth)
+        return sample
+
+    def computed_views(
+        self,
+        reader: VideoReader,
+        indices: sampling.Indices,
+        wanted: Wanted,
+        augment: Augment,
+        rng: np.random.Generator,
+    ) -> Sample:
+        """Crop each clip's frames and those that its flow leads to, and compute flow between them."""
+        assert self.flow is not None
+        ends = np.stack([wanted.first, wanted.other])[:, wanted.position]  # (2, V, T)
+        views = [np.unique(view) for view in np.concatenate([indices, *ends], 1)]
+        longest = max(map(len, views))
+        table = np.stack([np.pad(view, (0, longest - len(view)), "edge") for view in views])
+        crops = self.training_views(reader, table, augment, rng)  # (V, longest, C, size, size)
+        flow, steps = [], []
+        for frames, view, first, other in zip(crops, views, *ends, strict=True):
+            fields = self.flow.between(
+                frames, np.searchsorted(view, first), np.searchsorted(view, other)
+            )
+            flow.append(fields[0])
+            steps.append(fields[1])
+        sample: Sample = {"flow": torch.stack(flow), "flow_steps": torch.stack(steps)}
+        if self.has_video:
+            places = np.stack([np.searchsorted(*pair) for pair in zip(views, indices, strict=True)])
+            rows = crops.movedim(-3, -1)[np.arange(len(places))[:, None], places]
+            sample["video"] = rows.movedim(-1, -3)
+        return sample
+
+    def draw(
+        self, height: int, width: int, count: int, augment: Augment, rng: np.random.Generator
+    ) -> list[Geometry]:
+        """Draw the boxes of `count` views, in pixels of whole frames."""
+        top, left, h, w = self.region_of(height, width)
+        return [
+            geometry.random_geometry(h, w, self.size, augment, rng).moved(top, left)
+            for _ in range(count)
+        ]
 
     def training_views(
         self,
@@ -232,63 +334,132 @@ class VideoDataset(Dataset[Sample]):
         indices: sampling.Indices,
         augment: Augment,
         rng: np.random.Generator,
+        boxes: list[Geometry] | None = None,
     ) -> Tensor:
-        """Decode once, crop each clip at random: `(V, T, C, H, W)` uint8."""
+        """Decode once, crop each clip at random: `(V, T, C, H, W)` uint8.
+
+        Args:
+            reader: of the video.
+            indices: `(V, T)`.
+            augment: how boxes are drawn.
+            rng: what they are drawn with.
+            boxes: gets what was drawn, a box for each view, in pixels of whole frames.
+        """
         wanted, position = np.unique(indices, return_inverse=True)
-        boxes: list[Geometry] = []
+        drawn: list[Geometry] = [] if boxes is None else boxes
 
         def choose(height: int, width: int) -> Box:
             """Draw a box for each view; only what lies in one of them is converted."""
-            top, left, h, w = self.region_of(height, width)
-            boxes[:] = [
-                box.moved(top, left)
-                for box in (
-                    geometry.random_geometry(h, w, self.size, augment, rng) for _ in indices
-                )
-            ]
-            return geometry.around(boxes)
+            drawn[:] = self.draw(height, width, len(indices), augment, rng)
+            return geometry.around(drawn)
 
         pieces = reader.pieces(wanted.tolist(), choose)
         if len(indices) == 1:  # pieces are no larger than the box, and need not stay
             cropped = [
-                geometry.crop(piece, boxes[0]._replace(top=0, left=0), self.size)
+                geometry.crop(piece, drawn[0]._replace(top=0, left=0), self.size)
                 for piece in pieces
             ]
             return gathered(cropped, position.reshape(1, -1))
         frames = list(pieces)
-        top, left, *_ = geometry.around(boxes)
+        top, left, *_ = geometry.around(drawn)
         clips = [
             geometry.crop(gathered(frames, places), box.moved(-top, -left), self.size)
-            for places, box in zip(position.reshape(indices.shape), boxes, strict=True)
+            for places, box in zip(position.reshape(indices.shape), drawn, strict=True)
         ]
         return torch.stack(clips)
 
-    def testing_views(self, reader: VideoReader, indices: sampling.Indices) -> Sample:
-        """Decode every wanted frame once; say which frames and which crop make each view."""
+    def testing_sample(self, reader: VideoReader, indices: sampling.Indices, row: Row) -> Sample:
+        """Decode every wanted frame and field once; say which of them and which crop make each view."""
         wanted, position = np.unique(indices, return_inverse=True)
-        frames: Tensor | Spill | None = None
-        done = 0
+        frames, fields = Stack(len(wanted), self.room), None
+        if self.flow is None:
+            for piece in self.resized(reader, wanted):
+                frames.add(piece)
+        else:
+            called = self.flow.wanted(indices, len(reader))
+            fields = Stack(len(called.first), self.room)
+            if self.flow.is_computed:
+                steps = self.add_computed(reader, wanted, called, frames, fields)
+            else:
+                steps = self.add_stored(reader, wanted, called, frames, fields, row)
+        sample: Sample = {}
+        # View v is clip v // crops, crop v % crops.
+        if self.has_video:
+            sample["frames"] = frames.whole  # type: ignore[typeddict-item]  # or a Spill
+            view_frames = torch.from_numpy(position.reshape(indices.shape))
+            sample["view_frames"] = view_frames.repeat_interleave(self.crops, 0)
+        if fields is not None:
+            sample["fields"] = fields.whole  # type: ignore[typeddict-item]  # or a Spill
+            view_fields = torch.from_numpy(called.position).repeat_interleave(self.crops, 0)
+            sample["view_fields"] = view_fields
+            sample["flow_steps"] = steps[view_fields]
+        height, width = (frames if fields is None else fields).size
+        places = geometry.spread_crops(height, width, self.size, self.crops)
+        sample["view_crops"] = np.array([(*place, self.size) for place in places] * len(indices))
+        return sample
+
+    def resized(self, reader: VideoReader, wanted: np.ndarray) -> Iterator[Tensor]:
+        """Decode frames, cut to the region that counts, at the size that views are cropped from."""
         for piece in reader.pieces(wanted.tolist(), self.region_of):
             height, width = piece.shape[-2:]
             height, width = geometry.short_side_size(height, width, self.short_side)
-            piece = geometry.resize(piece, height, width)
-            if frames is None:
-                if len(piece) == len(wanted):
-                    frames = piece
-                    break
-                frames = self.room((len(wanted), height, width, 3))
-            memory = frames.tensor if isinstance(frames, Spill) else frames
-            memory[done : done + len(piece)] = piece
-            done += len(piece)
-        assert frames is not None
-        places = geometry.spread_crops(height, width, self.size, self.crops)
-        # View v is clip v // crops, crop v % crops.
-        view_frames = torch.from_numpy(position.reshape(indices.shape))
-        return {
-            "frames": frames,  # type: ignore[typeddict-item]  # or a Spill
-            "view_frames": view_frames.repeat_interleave(self.crops, 0),
-            "view_crops": np.array([(*place, self.size) for place in places] * len(indices)),
-        }
+            yield geometry.resize(piece, height, width)
+
+    def add_stored(
+        self,
+        reader: VideoReader,
+        wanted: np.ndarray,
+        called: Wanted,
+        frames: Stack,
+        fields: Stack,
+        row: Row,
+    ) -> Tensor:
+        """Read frames and fields, these at the size of those; say what their steps are worth, `(M, 2)`."""
+        assert self.flow is not None
+        if self.has_video:
+            for piece in self.resized(reader, wanted):
+                frames.add(piece)
+            height, width = frames.size
+        else:
+            *_, height, width = self.region_of(reader.height, reader.width)
+            height, width = geometry.short_side_size(height, width, self.short_side)
+        steps = []
+        for part in self.flow.stored(row.path, reader.path, called, len(reader), self.region_of):
+            h, w = part.fields.shape[-2:]
+            fields.add(geometry.resize_fields(part.fields, height, width))
+            steps.append(self.flow.steps(part) * torch.tensor([width / w, height / h]))
+        return torch.cat(steps)
+
+    def add_computed(
+        self,
+        reader: VideoReader,
+        wanted: np.ndarray,
+        called: Wanted,
+        frames: Stack,
+        fields: Stack,
+    ) -> Tensor:
+        """Read frames and compute fields between them as they come; say what their steps are worth."""
+        assert self.flow is not None
+        read = np.union1d(wanted, np.concatenate([called.first, called.other]))
+        later = np.maximum(called.first, called.other)
+        steps = torch.empty(len(later), 2)
+        done, last = 0, None
+        for piece in self.resized(reader, read):
+            here = read[done : done + len(piece)]
+            if self.has_video:
+                chosen = torch.from_numpy(np.isin(here, wanted))
+                frames.add(piece if chosen.all() else piece[chosen])
+            ready = np.flatnonzero((later >= here[0]) & (later <= here[-1]))
+            if last is not None:  # a field may lead to it, or from it
+                here = read[done - 1 : done + len(piece)]
+                piece = torch.cat([last, piece])
+            if len(ready):
+                first, other = (np.searchsorted(here, end[ready]) for end in called[:2])
+                codes, steps[torch.from_numpy(ready)] = self.flow.between(piece, first, other)
+                fields.add(codes, ready)
+            done += len(here) - (last is not None)
+            last = piece[-1:].clone()
+        return steps
 
     def room(self, shape: tuple[int, int, int, int]) -> Tensor | Spill:
         """Make room for `(N, H, W, C)` bytes, as `(N, C, H, W)`."""
@@ -301,6 +472,43 @@ class VideoDataset(Dataset[Sample]):
         if self.region is None:
             return 0, 0, height, width
         return geometry.region_box(self.region, height, width)
+
+
+class Stack:
+    """Pictures that come a piece at a time, together in memory or in a file.
+
+    Args:
+        count: of all of them.
+        room: makes the place for `(N, H, W, C)` bytes, as `(N, C, H, W)`.
+    """
+
+    def __init__(self, count: int, room: Callable[..., Tensor | Spill]) -> None:
+        self.count, self.room = count, room
+        self.size = (0, 0)  # height and width in pixels, known once there is one
+        self.done = 0
+        self._whole: Tensor | Spill | None = None
+
+    def add(self, piece: Tensor, places: np.ndarray | None = None) -> None:
+        """Take `(n, C, H, W)` pictures, the next ones unless their places are given, ascending."""
+        channels, height, width = piece.shape[1:]
+        self.size = height, width
+        if len(piece) == self.count:
+            self._whole = piece
+            return
+        if self._whole is None:
+            self._whole = self.room((self.count, height, width, channels))
+        memory = self._whole.tensor if isinstance(self._whole, Spill) else self._whole
+        if places is None:
+            memory[self.done : self.done + len(piece)] = piece
+        else:
+            memory[torch.from_numpy(places)] = piece
+        self.done += len(piece)
+
+    @property
+    def whole(self) -> Tensor | Spill:
+        """All of them: `(N, C, H, W)`."""
+        assert self._whole is not None
+        return self._whole
 
 
 def gathered(pieces: Sequence[Tensor], places: np.ndarray) -> Tensor:

@@ -59,6 +59,7 @@ class Row:
     split: str
     group: str | None  # videos of one group never lie on both sides of a split
     place: Place | None = None  # of its bytes, when it lies in a shard and not in a file of its own
+    rate: float | None = None  # features per second, when it is a file of these
 
 
 @dataclass
@@ -236,12 +237,13 @@ class Manifest:
             columns[name][i].as_py() if name in columns else None
             for name in ("start", "end", "group")
         )
+        rate = columns["rate"][i].as_py() if "rate" in columns else None
         labels = tuple(columns["labels"][i].as_py())
         split = columns["split"][i].as_py()
         place = None
         if "shard" in columns:
             place = Place(*(columns[name][i].as_py() for name in Place._fields))
-        return Row(columns["path"][i].as_py(), labels, start, end, split, group, place)
+        return Row(columns["path"][i].as_py(), labels, start, end, split, group, place, rate)
 
     def split(self, name: str) -> np.ndarray:
         """Give the row numbers of a split, int64, ascending; none when there is no such split."""
@@ -380,7 +382,7 @@ def typed(rows: pa.Table) -> pa.Table:
     """
     kinds = {"path": pa.string(), "labels": pa.list_(pa.int16()), "group": pa.string()}
     kinds |= {"start": pa.float64(), "end": pa.float64()}
-    kinds |= {"offset": pa.int64(), "size": pa.int64()}
+    kinds |= {"offset": pa.int64(), "size": pa.int64(), "rate": pa.float64()}
     for at, column in enumerate(rows.column_names):
         if column in ("split", "shard") and not pa.types.is_dictionary(rows.schema.field(at).type):
             # combine_chunks: chunks would each bring a dictionary of their own

@@ -21,6 +21,9 @@ from vidtrain.data.collate import collate
 from vidtrain.data.crew import cores
 from vidtrain.data.dataset import VideoDataset
 from vidtrain.data.decode import check_decoder
+from vidtrain.data.features import FeatureDataset
+from vidtrain.data.fields import STORED, Flow
+from vidtrain.data.flow import BOUND, DIRECTIONS, METHODS, default_root
 from vidtrain.data.indices import IndexStore
 from vidtrain.data.loader import Loader, start_worker
 from vidtrain.data.manifest import Annotations, Manifest, Row, is_url
@@ -91,6 +94,15 @@ class VideoDataModule(L.LightningDataModule):
         compile: the device transform, in one kernel; None: on a GPU.
         seed: of orders and random draws.
         split_seed: of splits that are made by chance.
+        flow: optical flow beside the frames: `stored`, or a method to compute it as training goes;
+            None: none.
+        flow_method: what `data action=flow` computes with, and stored flow was made by.
+        flow_root: the folder of stored flow; None: beside `root`.
+        flow_bound: pixels that become 1.
+        flow_direction: `forward`, or `both`, see `fields.wanted_fields`.
+        flow_mean: subtract each field's own mean vector.
+        flow_weights: RAFT's file.
+        contents: of the dataset's files: `videos` or `features`.
     """
 
     def __init__(
@@ -127,6 +139,14 @@ class VideoDataModule(L.LightningDataModule):
         compile: bool | None = None,
         seed: int = 0,
         split_seed: int = 0,
+        flow: str | None = None,
+        flow_method: str = "dis",
+        flow_root: str | None = None,
+        flow_bound: float = BOUND,
+        flow_direction: str = "forward",
+        flow_mean: bool = False,
+        flow_weights: str | None = None,
+        contents: str = "videos",
     ) -> None:
         super().__init__()
         check_numbers(
@@ -143,11 +163,16 @@ class VideoDataModule(L.LightningDataModule):
         check_choice("shuffle", shuffle, (True, False))
         check_choice("drop_last", drop_last, (True, False))
         check_choice("compile", compile, (None, True, False))
+        check_choice("flow", flow, (None, STORED, *METHODS))
+        check_choice("flow_method", flow_method, METHODS)
+        check_choice("flow_direction", flow_direction, DIRECTIONS)
+        check_choice("flow_mean", flow_mean, (True, False))
         check_choice("start_method", start_method, (None, *mp.get_all_start_methods()))
         for key, value in (
             ("time_limit", time_limit),
             ("cache_gb", cache_gb),
             ("shard_cache_gb", shard_cache_gb),
+            ("flow_bound", flow_bound),
         ):
             if not is_number(value) or not value > 0:
                 raise UserError(f"data.{key} is {value!r}; it must be a number above 0")
@@ -157,7 +182,8 @@ class VideoDataModule(L.LightningDataModule):
         self.root: Path | str = root if is_url(root) else Path(root).expanduser()
         self.prepare, self.num_classes, self.clip = prepare, num_classes, clip
         self.augment = Augment(**{**augment, **({} if hflip else {"hflip": 0.0})})
-        self.views = views
+        self.contents = contents
+        self.views = {**views, "crops": 1} if self.has_features else views
         self.sampling, self.past_end = sampling, past_end
         self.region, self.span = region, span
         self.multi_label, self.val_fraction = multi_label, val_fraction
@@ -173,8 +199,18 @@ class VideoDataModule(L.LightningDataModule):
             raise UserError(
                 "augment.mixup and augment.cutmix are for one label a video; set both to 0"
             )
+        if self.has_features and (self.augment.mixup or self.augment.cutmix):
+            raise UserError("augment.mixup and augment.cutmix are for frames; set both to 0")
         self.start_at = (0, 0)  # epoch and batch; a resumed run sets it
         self.split_seed = split_seed
+        self.flow_source, self.flow_method, self.flow_mean = flow, flow_method, flow_mean
+        self.flow_bound, self.flow_direction = flow_bound, flow_direction
+        self.flow_weights, self.wanted_flow_root = flow_weights, flow_root
+        # What batches hold, until a model says what it takes: `feed`.
+        self.inputs: tuple[str, ...] = ("video",) if flow is None else ("video", "flow")
+        if self.has_features:
+            self.inputs = ("features",)
+        self._flow: Flow | None = None
         self._manifest: Manifest | None = None
         self._sources: Sources | None = None
         self._transform: DeviceTransform | None = None
@@ -186,6 +222,62 @@ class VideoDataModule(L.LightningDataModule):
         if self.wanted_workers != "auto":
             return int(self.wanted_workers)
         return default_workers(self.trainer.num_devices if self.trainer else 1)
+
+    @property
+    def has_features(self) -> bool:
+        """Say whether the rows are files of features, and not videos."""
+        return self.contents == "features"
+
+    def feed(self, inputs: Sequence[str]) -> None:
+        """Say which batch keys the model takes: what it does not take is not decoded.
+
+        Raises:
+            UserError: it takes flow, and `data.flow` does not say where from.
+        """
+        if self.has_features != ("features" in inputs):
+            raise UserError(
+                f"the model takes {' and '.join(inputs)}, and {self.name} has {self.contents};"
+                " `vidtrain extract` makes features of videos, for data=features"
+            )
+        if "flow" in inputs and self.flow_source is None:
+            raise UserError(
+                "the model takes optical flow; add data.flow=stored (`vidtrain data action=flow` computes"
+                f" it once), or data.flow={'|'.join(METHODS)} to compute it as it goes"
+            )
+        self.inputs = tuple(inputs)
+
+    @property
+    def flow_root(self) -> Path | None:
+        """The folder of stored flow; None where a packed dataset does not say it."""
+        if self.wanted_flow_root is not None:
+            return Path(self.wanted_flow_root).expanduser()
+        return None if isinstance(self.root, str) else default_root(self.root.absolute())
+
+    @property
+    def flow(self) -> Flow | None:
+        """How samples come by their flow; None where nobody takes any.
+
+        Raises:
+            UserError: it cannot be computed here, or has not been.
+        """
+        if self.flow_source is None or "flow" not in self.inputs:
+            return None
+        if self._flow is None:
+            store = None
+            if self.flow_source == STORED:
+                found = self.manifest
+                sides = 2 if self.flow_direction == "both" else 1
+                store = IndexStore(found.path.with_suffix(".flow"), sides * len(found))
+            self._flow = Flow(
+                self.flow_source,
+                self.flow_bound,
+                self.flow_direction,
+                self.flow_root,
+                self.flow_method,
+                self.flow_weights,
+                store,
+            )
+        return self._flow
 
     def manifest_path(self) -> Path:
         """Name the manifest by everything that decides what is in it."""
@@ -248,7 +340,8 @@ class VideoDataModule(L.LightningDataModule):
     ) -> VideoDataset:
         """Make the dataset of a split: random clips for training, else one view or the test views."""
         views = self.views if test_views else {"clips": 1, "crops": 1}
-        return VideoDataset(
+        kind = FeatureDataset if self.has_features else VideoDataset
+        return kind(
             Split(self.manifest, split),
             self.clip,
             augment=self.augment if training else None,
@@ -264,6 +357,8 @@ class VideoDataModule(L.LightningDataModule):
             on_error=self.on_error,
             # Each test video is read once, and scores must not hang on a cache's second resizing.
             sources=self.sources.uncached() if test_views else self.sources,
+            flow=self.flow,
+            inputs=self.inputs,
             spill=self.cache_dir / "spill",
             spill_above=self.views["memory"] << 20,
         )
@@ -328,6 +423,7 @@ class VideoDataModule(L.LightningDataModule):
                 self.num_classes,
                 self.compile,
                 lazily_above=4 * self.views["memory"] << 20,  # four bytes a pixel, not one
+                flow_mean=self.flow_mean,
             )
         return self._transform
 
@@ -385,7 +481,9 @@ class VideoDataModule(L.LightningDataModule):
         self._loaders.clear()
         cache = self._sources.cache if self._sources else None
         if stage == "fit" and cache is not None and cache.report().left_out:
-            self._say(f"data.cache={self.cache}: {cache.report()}; data.cache_gb sets how much it is")
+            self._say(
+                f"data.cache={self.cache}: {cache.report()}; data.cache_gb sets how much it is"
+            )
 
     def _say(self, note: str) -> None:
         if self._rank()[0] == 0:

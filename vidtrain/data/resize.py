@@ -8,31 +8,28 @@ that was stopped goes on. A video that is there under its name is whole.
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
 import os
 import shutil
 import time
 import uuid
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from vidtrain.data import crew
-from vidtrain.data.crew import Lost
 from vidtrain.data.decode import open_video
 from vidtrain.data.encode import FULL, LIBAV_ERRORS, PRESETS, TUNES, Settings, encode
+from vidtrain.data.ledger import Failed, Ledger, check_output, work, writing
 from vidtrain.types import Clip, DecodeError, UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from vidtrain.data.manifest import Manifest
 
 FORMAT = 1  # raised when `encode` makes of a video what is worth making it anew
 LEDGER = ".vidtrain-resize"
-PARTS = ".vidtrain-parts"  # files being written
 TABLE = "videos.parquet"
 CLIP = Clip(num_frames=16, stride=4, size=224, mean=(0, 0, 0), std=(1, 1, 1))  # what is timed
 
@@ -56,14 +53,6 @@ class Made(NamedTuple):
     bytes: int
     frames: int
     sound: str | None  # what became of it; None where there is none
-
-
-class Failed(NamedTuple):
-    """A video that could not be made."""
-
-    path: str  # its row's
-    reason: str
-    full: bool = False  # for want of space
 
 
 class Outcome(NamedTuple):
@@ -109,47 +98,45 @@ def resize(
         raise UserError(f"{manifest.name} is packed; resize the videos first, then pack them")
     root = str(manifest.root)
     paths = manifest.table["path"].unique().to_pylist()
-    check_output(root, output, paths)
+    check_output(root, output, paths, LEDGER, "output")
     targets = target_names(root, paths)
     wanted = paths
     if split is not None:
         wanted = list(dict.fromkeys(manifest.row(n).path for n in manifest.split(split).tolist()))
-    with _writing(output), _Ledger(output, settings) as ledger:
+    with writing(output, FULL, "output"), ledger_of(output, settings) as ledger:
         videos = {
-            path: there for path in paths if (there := ledger.find(root, path, targets[path]))
+            path: there
+            for path in paths
+            if (there := ledger.find(path, os.path.join(root, path), output / targets[path]))
         }
-        before, todo = len(videos), [path for path in wanted if path not in videos]
-        failed: list[Failed] = []
-
-        def take(result: Made | Failed | Lost) -> None:
-            if isinstance(result, Lost):
-                result = Failed(result.job.path, result.reason)
-            if isinstance(result, Made):
-                videos[result.path] = result
-                ledger.add(result)
-            elif result.full:
-                raise OSError(FULL[0], os.strerror(FULL[0]))
-            else:
-                failed.append(result)
-            left = len(todo) - (len(videos) - before) - len(failed)
-            progress(len(wanted) - left, len(wanted))
-
-        with _parts(output) as part:
-            jobs = (
-                Job(path, f"{root}/{path}", f"{part}{n}", f"{output}/{targets[path]}", settings)
-                for n, path in enumerate(todo)
+        todo = [path for path in wanted if path not in videos]
+        jobs = [
+            partial(
+                Job,
+                path=path,
+                source=f"{root}/{path}",
+                target=f"{output}/{targets[path]}",
+                settings=settings,
             )
-            with contextlib.closing(
-                crew.run(make, jobs, workers, time_limit, take, "the codec")
-            ) as run:
-                for _ in run:  # `take` has had it: there, as soon as it was ready
-                    pass
+            for path in todo
+        ]
+
+        def tell(done: int) -> None:
+            progress(len(wanted) - len(todo) + done, len(wanted))
+
+        made, failed = work(make, jobs, ledger, FULL[0], workers, time_limit, tell, "the codec")
+        videos |= made
         if not videos:
             path, reason, _ = failed[0]
             raise UserError(f"not one video could be made; {path}: {reason}")
         _copy_lists(lists, root, output)
         _write_table(manifest, output, videos, targets)
-    return Outcome(videos, targets, len(videos) - before, failed)
+    return Outcome(videos, targets, len(made), failed)
+
+
+def ledger_of(output: Path, settings: Settings) -> Ledger:
+    """Give the ledger of what is re-encoded into a folder."""
+    return Ledger(output, LEDGER, [FORMAT, *settings], Made, "resize")
 
 
 def check_settings(settings: Settings) -> None:
@@ -169,26 +156,6 @@ def check_settings(settings: Settings) -> None:
         if getattr(settings, key) not in choice:
             names = ", ".join(name or "null" for name in choice)
             raise UserError(f"resize.{key} is {getattr(settings, key)!r}; choose from {names}")
-
-
-def check_output(root: str, output: Path, paths: Sequence[str]) -> None:
-    """Refuse a folder where a source could be overwritten, or that is in use for something else.
-
-    Raises:
-        UserError: saying why.
-    """
-    base = os.path.realpath(root)
-    if base == os.path.dirname(base):  # the root of all, of a table with absolute paths
-        base = os.path.realpath(os.path.join(base, os.path.dirname(os.path.commonpath(paths))))
-    if os.path.commonpath([base, os.path.realpath(output)]) in (base, os.path.realpath(output)):
-        raise UserError(
-            f"output={output} and the videos in {base} must not lie within one another;"
-            " name a folder beside them"
-        )
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output={output} is a file; name a folder")
-    if output.is_dir() and not (output / LEDGER).exists() and any(output.iterdir()):
-        raise UserError(f"output={output} has other things in it; name a new or an empty folder")
 
 
 def target_names(root: str, paths: Iterable[str]) -> dict[str, str]:
@@ -293,80 +260,6 @@ def bytes_of(path: str) -> int:
         with os.scandir(path) as entries:
             return sum(entry.stat().st_size for entry in entries)
     return os.stat(path).st_size
-
-
-class _Ledger:
-    """What was made of what, a line each; the newest line of a video counts."""
-
-    def __init__(self, output: Path, settings: Settings) -> None:
-        self.output = output
-        self.how = [FORMAT, *settings]
-        self.lines: dict[str, dict[str, Any]] = {}
-
-    def __enter__(self) -> _Ledger:
-        self.output.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.output / LEDGER, "a+", encoding="utf-8")
-        try:
-            try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"another action=resize is writing to {self.output}") from None
-            self.file.seek(0)
-            text = self.file.read()
-            if text and not text.endswith("\n"):
-                self.file.write("\n")  # the last line was cut off
-            for line in text.splitlines():
-                with contextlib.suppress(ValueError, TypeError, KeyError):
-                    entry = json.loads(line)
-                    self.lines[entry["path"]] = entry
-        except BaseException:
-            self.file.close()
-            raise
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.file.close()
-
-    def find(self, root: str, path: str, target: str) -> Made | None:
-        """Say what is there of a video, if it is of today's source and settings."""
-        entry = self.lines.get(path)
-        try:
-            if entry is None or entry.pop("how") != self.how:
-                return None
-            made = Made(**entry)
-            source = os.stat(os.path.join(root, path))
-            size = (self.output / target).stat().st_size
-        except (OSError, TypeError, KeyError):
-            return None
-        facts = (source.st_size, source.st_mtime_ns, size)
-        return made if facts == (made.size, made.mtime_ns, made.bytes) else None
-
-    def add(self, made: Made) -> None:
-        self.file.write(json.dumps(made._asdict() | {"how": self.how}) + "\n")
-        self.file.flush()
-
-
-@contextlib.contextmanager
-def _writing(output: Path) -> Iterator[None]:
-    """Turn what the output's disk says into words for the user."""
-    try:
-        yield
-    except OSError as error:
-        room = "; make room, and the same command goes on" if error.errno in FULL else ""
-        raise UserError(f"output={output} cannot be written: {error.strerror}{room}") from None
-
-
-@contextlib.contextmanager
-def _parts(output: Path) -> Iterator[str]:
-    """Give what the names of files begin with that are being written; none of them stays."""
-    parts = output / PARTS
-    shutil.rmtree(parts, ignore_errors=True)  # of a run that was killed
-    parts.mkdir()
-    try:
-        # a process of the run that was killed may still be at work on its own
-        yield f"{parts}/{uuid.uuid4().hex}-"
-    finally:
-        shutil.rmtree(parts, ignore_errors=True)
 
 
 def _copy_lists(lists: Sequence[Path], root: str, output: Path) -> None:

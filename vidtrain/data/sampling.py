@@ -27,6 +27,11 @@ def step(clip: Clip, fps: float) -> float:
     return clip.stride * (fps / clip.fps if clip.fps else 1.0)
 
 
+def hop(every: int, clip: Clip, fps: float) -> int:
+    """Frames of the video from one window to the next, where `every` is counted as the stride is."""
+    return max(1, round(every * step(clip, fps) / clip.stride))
+
+
 def _gather(starts: npt.NDArray[np.float64], num_frames: int, step: float) -> npt.NDArray[np.int64]:
     """Frames at `start, start + step, ...` for each start, rounded down: `(V, T)`."""
     offsets = np.arange(num_frames) * step

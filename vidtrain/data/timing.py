@@ -142,7 +142,7 @@ def time_samples(
         while watched.total[1] < seconds:
             with clocked(watched.total):
                 sample = dataset[next(keys)]
-            watched.clips += len(sample["video"])
+            watched.clips += len(sample["video"] if "video" in sample else sample["flow"])
             watched.failures += sample["failures"]
     finally:
         torch.set_num_threads(threads)
@@ -184,7 +184,7 @@ def consume(
 
 def clips_of(batch: dict[str, Any]) -> int:
     """Count the clips of a batch that the loader made, `(B, V, T, C, H, W)`."""
-    return math.prod(batch["video"].shape[:2])
+    return math.prod(batch["video" if "video" in batch else "flow"].shape[:2])
 
 
 def decoded_frames(index: Any, wanted: Sequence[int]) -> int:

@@ -7,6 +7,8 @@ from the state before it is computed one by one.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -61,7 +63,7 @@ class ConvRNN(nn.Module):
         padding_mode: str = "zeros",
     ) -> None:
         super().__init__()
-        same = {"padding": kernel_size // 2, "padding_mode": padding_mode}
+        same: dict[str, Any] = {"padding": kernel_size // 2, "padding_mode": padding_mode}
         self.input = nn.Conv2d(in_channels, channels, kernel_size, stride, **same)
         self.hidden = nn.Conv2d(channels, channels, kernel_size, bias=False, **same)
 
@@ -97,7 +99,7 @@ class ConvGRU(nn.Module):
         self, in_channels: int, channels: int, kernel_size: int, padding_mode: str = "zeros"
     ) -> None:
         super().__init__()
-        same = {"padding": kernel_size // 2, "padding_mode": padding_mode}
+        same: dict[str, Any] = {"padding": kernel_size // 2, "padding_mode": padding_mode}
         self.input = nn.Conv2d(in_channels, 3 * channels, kernel_size, **same)  # W_z, W_r, W
         self.gates = nn.Conv2d(channels, 2 * channels, kernel_size, bias=False, **same)  # U_z, U_r
         self.candidate = nn.Conv2d(channels, channels, kernel_size, bias=False, **same)  # U

@@ -9,7 +9,8 @@ ReLU after each, dropout of 0.5 on fc6 and fc7, no batch norm. P1 halves space o
 as well: a clip of 3 x 16 x 112 x 112 is 512 x 2 x 7 x 7 at conv5b. Caffe, with which C3D was made,
 pools that with a last window over the rest (`pool5="ceil"`): 512 x 1 x 4 x 4 = 8192 values go into
 fc6. Slide 41 of CS231n's lecture on video understanding (Gao, 2025) has 512 x 1 x 3 x 3 = 4608
-(`pool5="floor"`). Ports that pad instead also come to 4 x 4, but their windows lie one pixel off.
+(`pool5="floor"`). Ports that pad instead also come to 4 x 4, but their windows lie one pixel off
+(`pool5="pad"`, for MMAction2's weights).
 
 Departs from the paper: nowhere.
 
@@ -36,7 +37,8 @@ class C3D(nn.Module):
         num_classes: K; 0 for fc7.
         num_frames: T.
         size: Height and width of the frames.
-        pool5: Whether the last pool covers the rest of an odd map: ceil (Caffe) or floor.
+        pool5: Whether the last pool covers the rest of an odd map: ceil (Caffe), floor, or pad, which
+            puts a row and a column before and behind it.
         dropout: On fc6 and fc7.
     """
 
@@ -47,8 +49,10 @@ class C3D(nn.Module):
         self, num_classes: int, num_frames: int, size: int, pool5: str, dropout: float
     ) -> None:
         super().__init__()
-        if pool5 not in ("ceil", "floor"):
-            raise UserError(f"model.pool5 is '{pool5}'; it must be ceil (as in Caffe) or floor")
+        if pool5 not in ("ceil", "floor", "pad"):
+            raise UserError(
+                f"model.pool5 is '{pool5}'; it must be ceil (as in Caffe), floor or pad"
+            )
         self.num_frames, self.size = num_frames, size
         self.conv1 = nn.Conv3d(3, 64, 3, padding=1)
         self.pool1 = nn.MaxPool3d((1, 2, 2))
@@ -62,9 +66,12 @@ class C3D(nn.Module):
         self.pool4 = nn.MaxPool3d(2)
         self.conv5a = nn.Conv3d(512, 512, 3, padding=1)
         self.conv5b = nn.Conv3d(512, 512, 3, padding=1)
-        self.pool5 = nn.MaxPool3d(2, ceil_mode=pool5 == "ceil")
+        padding = (0, 1, 1) if pool5 == "pad" else 0
+        self.pool5 = nn.MaxPool3d(2, padding=padding, ceil_mode=pool5 == "ceil")
         rest = 1 if pool5 == "ceil" else 0
         t, side = (num_frames // 8 + rest) // 2, (size // 16 + rest) // 2
+        if pool5 == "pad":
+            side = size // 16 // 2 + 1
         if num_frames < 8 or size < 16 or not t * side:
             raise UserError(
                 f"c3d halves time four times and space five times: {num_frames} frames of {size}"
@@ -115,5 +122,5 @@ def c3d(
     pool5: str = "ceil",
     dropout: float = 0.5,
 ) -> C3D:
-    """Build C3D as it was released; `pool5="floor"` is the lecture's."""
+    """Build C3D as it was released; `pool5="floor"` is the lecture's, `"pad"` that of some ports."""
     return C3D(num_classes, num_frames, size, pool5, dropout)

@@ -8,7 +8,7 @@ recipe holds for a longer run.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,16 +20,24 @@ from vidtrain.types import UserError
 
 
 def rate(
-    step: int, total: int, schedule: str, warmup: float, milestones: Sequence[float], gamma: float
+    step: int,
+    total: int,
+    schedule: str,
+    warmup: float,
+    milestones: Sequence[float],
+    gamma: float,
+    warmup_from: float = 0.0,
 ) -> float:
     """Give the learning rate of a step, as a multiple of the base rate.
 
-    Linear warm-up over the first `warmup` share of all steps, then `cosine` down to 0, `step`
-    (times `gamma` at each milestone, shares of all steps) or `constant`.
+    Linear warm-up, from `warmup_from` of the base rate, over the first `warmup` share of all steps,
+    then `cosine` down to 0, `step` (times `gamma` at each milestone, shares of all steps) or
+    `constant`.
     """
     done = step / max(1, total)
     if done < warmup:
-        return (step + 1) / max(1.0, warmup * total + 1)
+        risen = (step + 1) / max(1.0, warmup * total + 1)
+        return warmup_from + (1 - warmup_from) * risen
     if schedule == "constant":
         return 1.0
     if schedule == "step":
@@ -46,13 +54,16 @@ def with_schedule(
     warmup: float = 0.0,
     milestones: Sequence[float] = (),
     gamma: float = 0.1,
+    warmup_from: float = 0.0,
 ) -> dict[str, Any]:
     """Pair an optimizer with its schedule, stepped after every optimizer step."""
     if not 0 <= warmup < 1:
         raise UserError(f"optim.warmup is {warmup}; it is a share of all steps, from 0 to below 1")
+    if not 0 <= warmup_from <= 1:
+        raise UserError(f"optim.warmup_from is {warmup_from}; it is a share of lr, from 0 to 1")
     rate(0, total, schedule, 0.0, milestones, gamma)  # refuse a wrong name before the first step
     factor: Callable[[int], float] = lambda step: rate(  # noqa: E731
-        step, total, schedule, warmup, milestones, gamma
+        step, total, schedule, warmup, milestones, gamma, warmup_from
     )
     return {
         "optimizer": optimizer,
@@ -68,11 +79,12 @@ def sgd(
     momentum: float = 0.9,
     nesterov: bool = False,
     weight_decay: float = 0.0,
+    groups: Mapping[str, float] | None = None,
     **schedule: Any,
 ) -> dict[str, Any]:
-    """SGD with momentum."""
-    groups = decay_groups(module, weight_decay)
-    optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov)
+    """SGD with momentum; `groups` multiplies the rate of parts: `{"fc": 10}`."""
+    parts = decay_groups(module, weight_decay, lr, groups)
+    optimizer = torch.optim.SGD(parts, lr=lr, momentum=momentum, nesterov=nesterov)
     return with_schedule(optimizer, total, **schedule)
 
 
@@ -83,9 +95,28 @@ def adamw(
     lr: float,
     betas: Sequence[float] = (0.9, 0.999),
     weight_decay: float = 0.05,
+    groups: Mapping[str, float] | None = None,
     **schedule: Any,
 ) -> dict[str, Any]:
-    """AdamW (Loshchilov & Hutter 2019)."""
-    groups = decay_groups(module, weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]))
+    """AdamW (Loshchilov & Hutter 2019); `groups` multiplies the rate of parts: `{"fc": 10}`."""
+    parts = decay_groups(module, weight_decay, lr, groups)
+    optimizer = torch.optim.AdamW(parts, lr=lr, betas=(betas[0], betas[1]))
+    return with_schedule(optimizer, total, **schedule)
+
+
+def rmsprop(
+    module: nn.Module,
+    total: int,
+    *,
+    lr: float,
+    alpha: float = 0.9,
+    momentum: float = 0.9,
+    eps: float = 1.0,
+    weight_decay: float = 0.0,
+    groups: Mapping[str, float] | None = None,
+    **schedule: Any,
+) -> dict[str, Any]:
+    """RMSprop with momentum (Tieleman & Hinton 2012); `groups` as above."""
+    parts = decay_groups(module, weight_decay, lr, groups)
+    optimizer = torch.optim.RMSprop(parts, lr=lr, alpha=alpha, momentum=momentum, eps=eps)
     return with_schedule(optimizer, total, **schedule)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import lightning.pytorch as L
@@ -12,14 +13,31 @@ from torchmetrics import MetricCollection
 
 from vidtrain.types import UserError, Views
 
+PIECE = 1 << 30  # bytes of several inputs that are made at once, where nobody says how many views
+
+_LACKING = {
+    "video": "these data have no frames",
+    "flow": "for flow add data.flow=farneback, or one of the other methods",
+    "features": "features come out of `vidtrain extract`; add data=features",
+}
+
 
 class StepOutput(NamedTuple):
     """What a task makes of a batch."""
 
     loss: Tensor
-    scores: Tensor  # (B, K), averaged over the views
+    scores: Tensor  # (B, K), averaged over the views, of several answers one made
     clip_scores: Tensor  # (B, V, K), before that
     target: Tensor  # (B,) or (B, K)
+
+
+def _pieces(views: Tensor | Views, size: int | None) -> Iterator[Tensor]:
+    """Yield the views of one video after another, `size` at a time: `(n, ...)`."""
+    if isinstance(views, Views):
+        yield from views.pieces(size)
+    else:
+        for video in views:
+            yield from video.split(size or len(video))
 
 
 class VideoTask(L.LightningModule):
@@ -28,6 +46,7 @@ class VideoTask(L.LightningModule):
     Attributes:
         description: what a checkpoint says of itself; written by the verb that trains.
         views_per_forward: how many views go through the network at once; None: all of a batch.
+        frozen: submodules of the network that stay as they are, in eval mode.
     """
 
     model: nn.Module
@@ -37,10 +56,18 @@ class VideoTask(L.LightningModule):
         super().__init__()
         self.description: dict[str, Any] = {}
         self.views_per_forward: int | None = None
+        self.frozen: tuple[str, ...] = ()
         video, clip = self.metrics(), self.clip_metrics()
         self.val_metrics = video.clone(prefix="val/")
         self.test_metrics = video.clone(prefix="test/")
         self.test_clip_metrics = clip.clone(prefix="test/clip_")
+
+    def train(self, mode: bool = True) -> VideoTask:
+        """Switch to training, or from it; what is frozen computes as in a test either way."""
+        super().train(mode)
+        for name in self.frozen:
+            self.model.get_submodule(name).eval()
+        return self
 
     def step(self, batch: dict[str, Any]) -> StepOutput:
         """Run the network on a batch and compare with the target."""
@@ -55,29 +82,46 @@ class VideoTask(L.LightningModule):
         return MetricCollection({})
 
     def logits(self, batch: dict[str, Any]) -> Tensor:
-        """Run the network over all views: `(B, V, C, T, H, W) -> (B, V, K)`."""
+        """Run the network over all views: `(B, V, C, T, H, W) -> (B, V, K)`, or `(B, V, S, K)`.
+
+        Raises:
+            UserError: the data do not have what the network takes.
+        """
         weights = next(self.model.parameters(), None)
         dtype = torch.float32 if weights is None else weights.dtype  # bf16-true: the net's own
-        video = batch["video"]
-        if isinstance(video, Views):
-            if tuple(self.model.inputs) != ("video",):  # type: ignore[arg-type]
-                raise UserError(
-                    "views.memory is too small for the views of a network of two inputs"
-                )
-            made = video.pieces(self.views_per_forward)
-            return torch.cat([self.model(part.to(dtype)) for part in made]).unflatten(
-                0, video.shape[:2]
-            )
-        inputs = [batch[key].to(dtype) for key in self.model.inputs]  # type: ignore[union-attr]
+        inputs = self._inputs(batch)
         views = inputs[0].shape[:2]
-        flat = [tensor.flatten(0, 1) for tensor in inputs]  # (B·V, C, T, H, W)
         size = None if self.training else self.views_per_forward
-        if size is None:
-            return self.model(*flat).unflatten(0, views)
-        parts = [
-            self.model(*part) for part in zip(*(tensor.split(size) for tensor in flat), strict=True)
-        ]
-        return torch.cat(parts).unflatten(0, views)
+        parts: Iterator[Sequence[Tensor]]
+        if any(isinstance(one, Views) for one in inputs):
+            if size is None and len(inputs) > 1:  # each would choose by its own size
+                size = max(1, PIECE // sum(4 * math.prod(one.shape[2:]) for one in inputs))
+            parts = zip(*(_pieces(one, size) for one in inputs), strict=True)
+        else:
+            flat = [one.flatten(0, 1) for one in inputs]  # (B·V, C, T, H, W)
+            if size is None:
+                return self.model(*(one.to(dtype) for one in flat)).unflatten(0, views)
+            parts = zip(*(one.split(size) for one in flat), strict=True)
+        made = [self.model(*(one.to(dtype) for one in part)) for part in parts]
+        return torch.cat(made).unflatten(0, views)
+
+    def _inputs(self, batch: dict[str, Any]) -> list[Any]:
+        """Take what the network takes: `(B, V, ...)` each."""
+        wanted: tuple[str, ...] = self.model.inputs  # type: ignore[assignment]
+        for key in wanted:
+            if key not in batch:
+                raise UserError(f"the model takes {' and '.join(wanted)}; {_LACKING[key]}")
+        return [batch[key] for key in wanted]
+
+    def fuse(self, scores: Tensor) -> Tensor:
+        """Make one score of a network's S answers: `(N, S, K) -> (N, K)`; `(N, K)` stays.
+
+        The network's own `fuse` says how, else it is their mean.
+        """
+        if scores.ndim == 2:
+            return scores
+        own = getattr(self.model, "fuse", None)
+        return scores.mean(1) if own is None else own(scores)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Compute the loss of a batch."""
@@ -86,7 +130,7 @@ class VideoTask(L.LightningModule):
         return output.loss
 
     def _evaluate(self, batch: dict[str, Any], metrics: MetricCollection) -> dict[str, Any]:
-        if "video" not in batch:  # every video of the batch failed; the report names them
+        if not len(batch["index"]):  # every video of the batch failed; the report names them
             return {}
         output = self.step(batch)
         metrics.update(output.scores, output.target)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
+from torch import Tensor
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -22,7 +22,8 @@ class Classification(VideoTask):
     """Cross-entropy for one label, binary cross-entropy for many; scores averaged over views.
 
     A video's score is the mean over its views of the softmax (sigmoid with many labels), as the
-    papers test. Metrics: top-1, top-5 and the mean over classes of their accuracy; with many labels
+    papers test. A network that answers S times (see `types.VideoModel`) has each answer compared
+    with the label, and one score made of all of them after the mean over views. Metrics: top-1, top-5 and the mean over classes of their accuracy; with many labels
     mAP (mean over classes of the average precision) and Sports-1M's hit@1 and hit@5.
     """
 
@@ -61,22 +62,25 @@ class Classification(VideoTask):
         return MulticlassAccuracy(self.num_classes, top_k=k, average="micro", ignore_index=UNKNOWN)
 
     def step(self, batch: dict[str, Any]) -> StepOutput:
-        """Score a batch; the loss is the mean over views."""
-        logits = self.logits(batch).float()  # (B, V, K)
+        """Score a batch; the loss is the mean over views, and over answers."""
+        logits = self.logits(batch).float()  # (B, V, K), or (B, V, S, K)
         target = batch["label"]
-        repeated = target.repeat_interleave(logits.shape[1], 0)  # (B·V, ...)
+        each = logits.flatten(1, -2)  # (B, V·S, K)
+        repeated = target.repeat_interleave(each.shape[1], 0)  # (B·V·S, ...)
         if self.multi_label:
-            loss = binary_cross_entropy(logits.flatten(0, 1), repeated)
-            scores = logits.sigmoid()
+            loss = binary_cross_entropy(each.flatten(0, 1), repeated)
             target = target.int()
         else:
             smoothing = self.label_smoothing if self.training else 0.0
-            loss = cross_entropy(logits.flatten(0, 1), repeated, smoothing)
-            scores = logits.softmax(-1)
-        scores = scores.detach()
-        return StepOutput(loss, scores.mean(1), scores, target)
+            loss = cross_entropy(each.flatten(0, 1), repeated, smoothing)
+        scores = self.activate(logits.detach())
+        clip_scores = self.fuse(scores.flatten(0, 1)).unflatten(0, scores.shape[:2])
+        return StepOutput(loss, self.fuse(scores.mean(1)), clip_scores, target)
 
-    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """Turn `(B, V, K)` logits into `(B, K)` scores of videos."""
-        scores = logits.float().sigmoid() if self.multi_label else logits.float().softmax(-1)
-        return scores.mean(1)
+    def activate(self, logits: Tensor) -> Tensor:
+        """Turn logits into scores: softmax over the classes, or sigmoid with many labels."""
+        return logits.sigmoid() if self.multi_label else logits.softmax(-1)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Turn `(B, V, K)` or `(B, V, S, K)` logits into `(B, K)` scores of videos."""
+        return self.fuse(self.activate(logits.float()).mean(1))

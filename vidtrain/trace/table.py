@@ -152,8 +152,10 @@ class _Tracer(TorchDispatchMode):
 
     def _entering(self, name: str) -> Callable[..., None]:
         def enter(module: nn.Module, _: Any) -> None:
-            # Multi-head attention has a child that it never calls.
+            # Multi-head attention has a child that it never calls; a recurrence has rows for every
+            # step, and says so.
             whole = isinstance(module, nn.MultiheadAttention) or not list(module.children())
+            whole = whole or getattr(module, "one_row", False)
             if not whole and not self._inside_whole():
                 self._list_own_parameters(name, module)
             self.frames.append(_Frame(name, module, whole))

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vidtrain.data.flow import ZERO
 from vidtrain.data.spill import Spill
 from vidtrain.data.transforms import mixing
 
@@ -90,8 +91,32 @@ def to_float(
     return pixels.mul_(scale).add_(shift)
 
 
+def flow_to_float(flow: Tensor, steps: Tensor, mean: bool, weight: Tensor | None) -> Tensor:
+    """Turn bytes of flow into displacements; what is farther than the bound stops there.
+
+    Args:
+        flow: `(B, V, T, 2, H, W)` uint8, 128 for no motion.
+        steps: `(B, V, T, 2)`, what a byte's step is worth, in bounds; below 0 in a mirrored view.
+        mean: subtract each field's own mean vector, much of which is the camera's motion (Simonyan &
+            Zisserman 2014, 3.1). Fields may then go beyond 1.
+        weight: `(H, W)`, what a clip keeps of itself, see `mixing`; None mixes nothing.
+
+    Returns:
+        `(B, V, 2, T, H, W)` float from -1 to 1; 128 is exactly 0.
+    """
+    moves = flow.transpose(2, 3).contiguous().float()
+    moves = moves.sub_(ZERO).mul_(steps.transpose(2, 3)[..., None, None]).clamp_(-1, 1)
+    if mean:
+        moves = moves - moves.mean((-2, -1), keepdim=True)
+    if weight is not None:
+        moves = moves * weight + moves.flip(0) * (1 - weight)
+    return moves
+
+
 class DeviceTransform(nn.Module):
     """uint8 `(B, V, T, C, H, W)`, or frames with their views, -> float `(B, V, C, T, H, W)`.
+
+    Flow goes the same way, with two channels.
 
     Args:
         mean: of R, G and B, in 0 to 1.
@@ -103,6 +128,7 @@ class DeviceTransform(nn.Module):
         compile: fuse it all into one kernel; None: on a GPU. Where there is no compiler it is done
             one by one.
         lazily_above: bytes of a batch's views; more of them are made as they are needed.
+        flow_mean: subtract each field's mean vector, see `flow_to_float`.
     """
 
     scale: Tensor
@@ -118,6 +144,7 @@ class DeviceTransform(nn.Module):
         num_classes: int | None = None,
         compile: bool | None = None,
         lazily_above: int = 4 << 30,
+        flow_mean: bool = False,
     ) -> None:
         super().__init__()
         means, stds = (torch.tensor(list(part)).view(3, 1, 1, 1) for part in (mean, std))
@@ -126,31 +153,45 @@ class DeviceTransform(nn.Module):
         self.color, self.mixup, self.cutmix = color, mixup, cutmix
         self.num_classes, self.compile_on = num_classes, compile
         self.lazily_above = lazily_above
-        self.fused: Callable[..., Tensor] | None = None
+        self.flow_mean = flow_mean
+        self.fused: dict[Callable[..., Tensor], Callable[..., Tensor]] = {}
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Replace the batch's uint8 frames by the float `video` that models eat."""
-        if "frames" in batch:
-            views = Views(
-                batch.pop("frames"), batch.pop("view_frames"), batch.pop("view_crops"), self
-            )
-            batch["video"] = views if views.bytes > self.lazily_above else views.all()
-        elif "video" in batch:
-            video = batch["video"]
-            factors = weight = None
-            if self.training:
-                # Not the global generator: a run that goes on must draw what was still to come.
-                rng = np.random.default_rng([batch["seed"], 1])
-                if self.color:
-                    draws = rng.uniform(-self.color, self.color, (3, *video.shape[:2]))
-                    factors = torch.from_numpy(1 + draws).float()
-                height, width = video.shape[-2:]
-                mix = mixing.draw(height, width, self.mixup, self.cutmix, rng)
-                if mix is not None:
-                    assert self.num_classes is not None
-                    weight = mix.weight
-                    batch["label"] = mixing.mix_labels(batch["label"], mix.share, self.num_classes)
-            batch["video"] = self.to_float(video, factors, weight)
+        """Replace the batch's uint8 frames and fields by the float `video` and `flow` of models."""
+        steps = batch.pop("flow_steps", None)
+        if "view_crops" in batch:
+            crops = batch.pop("view_crops")
+            made = {}
+            if "frames" in batch:
+                frames = batch.pop("frames"), batch.pop("view_frames")
+                made["video"] = Views(*frames, crops, self)
+            if "fields" in batch:
+                fields = batch.pop("fields"), batch.pop("view_fields")
+                made["flow"] = Views(*fields, crops, self, steps)
+            lazily = sum(views.bytes for views in made.values()) > self.lazily_above
+            batch.update({key: views if lazily else views.all() for key, views in made.items()})
+            return batch
+        keys = [key for key in ("video", "flow") if key in batch]
+        if not keys:
+            return batch
+        factors = weight = None
+        if self.training:
+            # Not the global generator: a run that goes on must draw what was still to come.
+            rng = np.random.default_rng([batch["seed"], 1])
+            shape = batch[keys[0]].shape
+            if self.color:
+                draws = rng.uniform(-self.color, self.color, (3, *shape[:2]))
+                factors = torch.from_numpy(1 + draws).float()
+            height, width = shape[-2:]
+            mix = mixing.draw(height, width, self.mixup, self.cutmix, rng)
+            if mix is not None:
+                assert self.num_classes is not None
+                weight = mix.weight
+                batch["label"] = mixing.mix_labels(batch["label"], mix.share, self.num_classes)
+        if "video" in batch:
+            batch["video"] = self.to_float(batch["video"], factors, weight)
+        if "flow" in batch:
+            batch["flow"] = self.flow_to_float(batch["flow"], steps, weight)
         return batch
 
     def to_float(
@@ -166,18 +207,27 @@ class DeviceTransform(nn.Module):
             colors = factors.to(video.device, non_blocking=True), mean_grey(video)
         if weight is not None:
             weight = weight.to(video.device, non_blocking=True)
-        arguments = (video, self.scale, self.shift, colors, weight)
-        if not self.wants_compiling(video.device):
-            return to_float(*arguments)
-        if self.fused is None:
-            self.fused = torch.compile(to_float, dynamic=True)
+        return self._run(to_float, video, self.scale, self.shift, colors, weight)
+
+    def flow_to_float(self, flow: Tensor, steps: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Run `flow_to_float` on the flow's device, compiled where that works."""
+        steps = steps.to(flow.device, non_blocking=True)
+        if weight is not None:
+            weight = weight.to(flow.device, non_blocking=True)
+        return self._run(flow_to_float, flow, steps, self.flow_mean, weight)
+
+    def _run(self, function: Callable[..., Tensor], pixels: Tensor, *others: Any) -> Tensor:
+        if not self.wants_compiling(pixels.device):
+            return function(pixels, *others)
+        if function not in self.fused:
+            self.fused[function] = torch.compile(function, dynamic=True)
         try:
-            return self.fused(*arguments)
+            return self.fused[function](pixels, *others)
         except Exception:  # no compiler, an old driver: whatever it is, there is another way
             if self.compile_on:
                 raise
             self.compile_on = False
-            return to_float(*arguments)
+            return function(pixels, *others)
 
     def wants_compiling(self, device: torch.device) -> bool:
         """Say whether to fuse: where it was asked for, else on a GPU, where a second pays at once."""
@@ -186,6 +236,13 @@ class DeviceTransform(nn.Module):
 
 class Views:
     """The views of a batch of videos under test, made of their frames when they are asked for.
+
+    Args:
+        frames: `(N, C, H, W)` of each video, or its `(M, 2, H, W)` fields.
+        view_frames: `(V, T)` of each, see `gather_views`.
+        view_crops: `(V, 3)` of each.
+        transform: what makes them float.
+        steps: `(B, V, T, 2)` of fields, see `flow_to_float`; None: these are frames.
 
     Attributes:
         shape: `(B, V, C, T, H, W)`.
@@ -198,12 +255,14 @@ class Views:
         view_frames: Sequence[Tensor],
         view_crops: Sequence[np.ndarray],
         transform: DeviceTransform,
+        steps: Tensor | None = None,
     ) -> None:
         self.frames, self.view_frames, self.view_crops = frames, view_frames, view_crops
-        self.transform = transform
+        self.transform, self.steps = transform, steps
         views, length = view_frames[0].shape
         size = int(view_crops[0][0, 2])
-        self.shape = torch.Size([len(frames), views, 3, length, size, size])
+        channels = 3 if steps is None else 2
+        self.shape = torch.Size([len(frames), views, channels, length, size, size])
         self.bytes = 4 * self.shape.numel()
 
     def make(self, video: int, first: int, last: int) -> Tensor:
@@ -215,7 +274,10 @@ class Views:
             frames = frames.tensor[numbers.cpu()].to(device)
             wanted = places
         crops = self.view_crops[video][first:last]
-        return self.transform.to_float(gather_views(frames, wanted, crops)[None])[0]
+        views = gather_views(frames, wanted, crops)[None]
+        if self.steps is None:
+            return self.transform.to_float(views)[0]
+        return self.transform.flow_to_float(views, self.steps[video : video + 1, first:last])[0]
 
     def pieces(self, size: int | None) -> Iterator[Tensor]:
         """Yield the views of one video after another, `size` at a time: `(n, C, T, H, W)` float.

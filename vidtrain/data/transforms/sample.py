@@ -33,6 +33,14 @@ class Geometry(NamedTuple):
         """Give the same box seen from elsewhere."""
         return self._replace(top=self.top + down, left=self.left + right)
 
+    def scaled(self, down: float, across: float) -> Geometry:
+        """Give the same part of a picture so many times as high and as wide, in whole pixels of it."""
+        bottom = max(1, round((self.top + self.height) * down))
+        right = max(1, round((self.left + self.width) * across))
+        top = min(round(self.top * down), bottom - 1)
+        left = min(round(self.left * across), right - 1)
+        return Geometry(top, left, bottom - top, right - left, self.flip)
+
 
 def is_number(value: object) -> bool:
     """Tell a number from what else a setting may be."""
@@ -184,6 +192,26 @@ def crop(frames: Tensor, box: Geometry, size: int) -> Tensor:
     view = frames[..., box.top : box.top + box.height, box.left : box.left + box.width]
     view = resize(view, size, size)
     return view.flip(-1) if box.flip else view
+
+
+def resize_fields(fields: Tensor, height: int, width: int) -> Tensor:
+    """Resize `(N, 2, H, W)` uint8 flow; its values stay, only what they are worth changes."""
+    if fields.shape[-2:] == (height, width):
+        return fields
+    return F.interpolate(fields.contiguous(), (height, width), mode="bilinear", antialias=True)
+
+
+def crop_fields(fields: Tensor, box: Geometry, size: int) -> tuple[Tensor, float, float]:
+    """Cut a box out of `(T, 2, H, W)` uint8 flow and make it `size` x `size`.
+
+    Returns:
+        The bytes, and how many pixels of the crop a pixel across and a pixel down have become:
+        displacements grow with the picture, and in the mirror those across turn round.
+    """
+    view = fields[..., box.top : box.top + box.height, box.left : box.left + box.width]
+    view = resize_fields(view, size, size)
+    across, down = size / box.width, size / box.height
+    return (view.flip(-1), -across, down) if box.flip else (view, across, down)
 
 
 def short_side_size(height: int, width: int, short_side: int) -> tuple[int, int]:

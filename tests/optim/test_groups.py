@@ -1,0 +1,122 @@
+"""Which parameters decay, and at which rate."""
+
+import pytest
+import torch
+from torch import nn
+
+from vidtrain.optim.groups import chosen, covers, decay_groups, freeze
+from vidtrain.optim.schedules import adamw, sgd
+from vidtrain.types import UserError
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        self.layer1 = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Dropout(0.5))
+        self.layer10 = nn.Conv2d(4, 4, 1)
+        self.scale = nn.Parameter(torch.ones(4))
+        self.fc = nn.Linear(4, 2)
+
+
+def names(net, parameters):
+    by_id = {id(p): name for name, p in net.named_parameters()}
+    return {by_id[id(p)] for p in parameters}
+
+
+def test_a_name_covers_itself_and_what_lies_below():
+    assert covers("stem", "stem.0.weight") and covers("stem.0", "stem.0.weight")
+    assert covers("stem.0.weight", "stem.0.weight") and covers("*.bias", "stem.0.bias")
+    assert covers("layer*", "layer1.0.weight") and covers("layer[12]", "layer1.0.weight")
+    assert not covers("layer1", "layer10.weight") and not covers("0", "stem.0.weight")
+
+
+def test_rates_are_multiplied_and_decay_stays_split():
+    net = Net()
+    groups = {"fc": 10, "layer1*": 0.1}
+    made = decay_groups(net, 0.5, lr=0.2, groups=groups)
+    found = {(round(g.get("lr", 0.2), 9), g["weight_decay"]): names(net, g["params"]) for g in made}
+    assert found == {
+        (0.2, 0.5): {"stem.0.weight"},
+        (0.2, 0.0): {"stem.0.bias", "stem.1.weight", "stem.1.bias", "scale"},
+        (2.0, 0.5): {"fc.weight"},
+        (2.0, 0.0): {"fc.bias"},
+        (0.02, 0.5): {"layer1.0.weight", "layer10.weight"},
+        (0.02, 0.0): {"layer1.0.bias", "layer10.bias"},
+    }
+    assert sum(len(g["params"]) for g in made) == len(list(net.parameters()))
+
+
+def test_the_last_pattern_that_fits_counts():
+    net = Net()
+    made = decay_groups(net, 0.0, lr=1.0, groups={"*": 0.1, "fc": 5, "fc.bias": 7})
+    rates = {name: g.get("lr", 1.0) for g in made for name in names(net, g["params"])}
+    assert rates["stem.0.weight"] == pytest.approx(0.1)
+    assert rates["fc.weight"] == 5 and rates["fc.bias"] == 7
+
+
+@pytest.mark.parametrize("make", [sgd, adamw])
+def test_the_schedule_keeps_the_factors(make):
+    net = Net()
+    built = make(net, 10, lr=0.5, groups={"fc": 10}, schedule="cosine", warmup=0.2)
+    optimizer, scheduler = built["optimizer"], built["lr_scheduler"]["scheduler"]
+    for _ in range(10):
+        rates = {g["lr"] for g in optimizer.param_groups}
+        assert len(rates) == 2 and max(rates) == pytest.approx(10 * min(rates))
+        assert optimizer.param_groups[0]["lr"] == min(rates)  # what is shown is the base rate
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (
+            {"head": 10},
+            "optim.groups: no part of Net is called 'head'; at the top there are stem, ",
+        ),
+        ({"fc": 0}, "'fc' has the factor 0; it must be a number above 0"),
+        ({"fc": -1}, "above 0"),
+        ({"fc": "ten"}, "above 0"),
+        ({"fc": True}, "above 0"),
+    ],
+)
+def test_mistakes_are_named(groups, message):
+    with pytest.raises(UserError) as error:
+        decay_groups(Net(), 0.0, lr=1.0, groups=groups)
+    assert message in str(error.value)
+
+
+def test_frozen_parameters_are_in_no_group():
+    net = Net()
+    assert freeze(net, ["stem", "layer1"]) == ("stem", "layer1")
+    made = decay_groups(net, 0.1, lr=1.0, groups={"stem": 2, "fc": 3})
+    held = {name for g in made for name in names(net, g["params"])}
+    assert held == {"layer10.weight", "layer10.bias", "scale", "fc.weight", "fc.bias"}
+
+
+def test_freeze_names_what_stays_in_eval_mode():
+    assert freeze(Net(), None) == () and freeze(Net(), []) == ()
+    assert freeze(Net(), "stem") == ("stem",)
+    assert freeze(Net(), "stem.1") == ("stem.1",)
+    assert freeze(Net(), "layer*") == ("layer1", "layer10")
+    assert freeze(Net(), ["stem.0", "stem"]) == ("stem",)
+    net = Net()
+    assert freeze(net, ["*.bias", "scale"]) == ()  # single parameters; no module is whole
+    assert not net.fc.bias.requires_grad and net.fc.weight.requires_grad
+    assert chosen(Net(), "layer10", "freeze") == ["layer10.weight", "layer10.bias"]
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        ("backbone", "freeze: no part of Net is called 'backbone'; at the top there are stem, layer1, layer10, fc, scale"),
+        (["stem", "nothing*"], "is called 'nothing*'"),
+        ("*", "leaves nothing to train"),
+        ([3], "it takes a name or several"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_frozen_is_said(patterns, message):
+    with pytest.raises(UserError) as error:
+        freeze(Net(), patterns)
+    assert message in str(error.value)
