@@ -42,11 +42,11 @@ MEAN = "clip.mean=[0.45,0.45,0.45] clip.std=[0.25,0.25,0.25]"
 SETS = {
     "demo": "data=demo clip.num_frames=16 clip.stride=2 clip.size=56 views.clips=3 views.crops=3",
     "grid": "data=folder data.label=command data.region=[0.32,0.63,0.2,0.2] data.span=[0.12,1.32]"
-    " clip.num_frames=28 clip.stride=1 clip.size=56 views.clips=1 views.crops=1",
+    " clip.num_frames=16 clip.stride=2 clip.size=56 views.clips=1 views.crops=1 data.cache=ram",
 }
 # A single frame is tested on as many frames as the others see.
-FRAMES = {"demo": "views.clips=10", "grid": "views.clips=28"}
-EPOCHS = {"demo": 20, "grid": 40}
+FRAMES = {"demo": "views.clips=10", "grid": "views.clips=16"}
+EPOCHS = {"demo": 20, "grid": 15}
 
 
 def command(data: str, family: str, root: str | None, epochs: int | None, out: Path) -> list[str]:

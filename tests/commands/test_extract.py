@@ -169,7 +169,6 @@ def test_features_of_other_settings_are_not_mixed(vidtrain, folder, tmp_path):
     assert vidtrain(*words).code == 0
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.npy")}
     for word, other in (
-        ("clip.stride=1", "clip or views"),
         ("seed=1", "network or weights"),
         ("every=3", "every, pool, dtype or precision"),
     ):
@@ -276,6 +275,7 @@ def test_pieces_of_a_video_have_files_of_their_own(vidtrain, tmp_path):
     assert first.shape == second.shape and np.abs(first - second).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_names_that_are_no_text(vidtrain, tmp_path):
     root = tmp_path / "odd"
     root.mkdir()
@@ -287,13 +287,17 @@ def test_names_that_are_no_text(vidtrain, tmp_path):
     assert vidtrain("extract", *SMALL, f"input={root}", "output=out").out.count("2 of which") == 1
 
 
-def test_half_precision_is_near_and_what_does_not_fit_is_said(vidtrain, folder, tmp_path):
+@pytest.mark.slow
+def test_half_precision_is_near(vidtrain, folder, tmp_path):
     words = ["extract", *SMALL, f"input={folder}/a.mp4"]
     vidtrain(*words, "output=full")
     assert vidtrain(*words, "output=half", "precision=bf16", "dtype=float16").code == 0
     full, half = (np.load(tmp_path / name / "a.mp4.npy") for name in ("full", "half"))
     assert half.dtype == np.float16
     assert 0 < np.abs(full - half).max() < 0.05 * np.abs(full).max()
+
+
+def test_what_does_not_fit_is_said():
     with pytest.raises(UserError, match=r"a\.npy: features of 7e\+04; set dtype=float32"):
         to_array(torch.tensor([[7e4]]), "float16", "a.npy")
     with pytest.raises(UserError, match=r"the network's features are not finite"):

@@ -72,6 +72,7 @@ def test_bad_settings_are_one_line(vidtrain, videos, tmp_path):
     for wrong, message in (
         (["action=flow", "data.flow_method=lk"], "data.flow_method is 'lk'"),
         (["action=flow", "flow.crf=99"], "flow.crf is 99"),
+        (["action=flow", "output=there"], "set that in place of output"),
         (["action=flow", "flow.time_limit=0"], "flow.time_limit is 0"),
         (["action=flow", f"data.flow_root={videos}/flow"], "within one another"),
         (["action=show", "data.flow=stored", "data.flow_root=gone"], "there is no flow in gone"),

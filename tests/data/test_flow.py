@@ -27,6 +27,7 @@ from vidtrain.data.flow import (
     check_method,
     estimator,
     file_of,
+    raft_network,
     to_bytes,
     to_pixels,
 )
@@ -153,6 +154,8 @@ def test_raft_is_torchvisions(tmp_path):
     with torch.inference_mode():
         expected = raft(padded[1:], padded[:1])[-1][..., :75, :131]
     np.testing.assert_allclose(fields, expected.permute(0, 2, 3, 1), atol=1e-3)
+    large = save_raft(tmp_path / "raft.pth", "raft_large").state_dict()
+    assert raft_network(large, "it").state_dict().keys() == large.keys()
 
 
 @pytest.mark.slow

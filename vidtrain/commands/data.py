@@ -405,6 +405,8 @@ def flow(cfg: DictConfig, data: Any, console: Console) -> int:
 
     from vidtrain.data import flow_store
 
+    if cfg.output is not None:
+        raise UserError("flow goes into data.flow_root; set that in place of output")
     if data.flow_root is None:
         raise UserError("data.flow_root is not set; name a folder for the flow")
     settings = dict(cfg.flow)

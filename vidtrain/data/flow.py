@@ -12,7 +12,7 @@ most. What moves farther than the bound counts as moving so far.
 The methods:
 
     tvl1        Zach et al. 2007, with OpenCV's parameters, as TSN and I3D take it; slow
-    dis         Kroeger et al. 2016, medium preset; nearly as good, a tenth of the time
+    dis         Kroeger et al. 2016, medium preset; nearly as good, a hundredth of the time
     farneback   Farneback 2003; smooth fields
     raft        Teed & Deng 2020, of torchvision; a network, on a GPU where there is one
 """

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 class FlatConv3d(nn.Conv3d):
     """A 3D convolution of k x 1 x 1, computed over time and all places in one row.
 
-    Weights and results are those of `nn.Conv3d`. In two dimensions there are faster kernels: on a CPU
-    a training step of X3D-S takes three fifths of the time.
+    Weights and results are those of `nn.Conv3d`. In two dimensions there are faster kernels, above all
+    on a CPU.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -26,8 +26,8 @@ class FlatConv3d(nn.Conv3d):
 def depthwise_order(x: Tensor) -> Tensor:
     """Lay (B, C, T, H, W) out as convolutions of single channels are fastest.
 
-    On a CPU that is with channels innermost (a third of the time of a step); torch's CUDA kernels for
-    them take either order, and the clip is left as it comes.
+    On a CPU that is with channels innermost. On a GPU torch's own kernels want them outermost and
+    cuDNN's innermost; the clip is left as it comes.
     """
     if x.device.type != "cpu":
         return x

@@ -19,7 +19,7 @@ clip will do.
 The streaming networks see no later frame: their kernels end at the frame that they are computed for,
 squeeze and excitation goes by the mean of all frames so far and that of the frame itself, and only
 the head takes the mean over all. k_t x k x k is split in two, 1 x k x k and k_t x 1 x 1, each with
-norm and activation, which is hard swish, as sigmoids are clip(0.2 x + 0.5, 0, 1). What later frames
+norm and activation. Swish is hard swish, and the sigmoid is clip(0.2 x + 0.5, 0, 1). What later frames
 need of earlier ones is little: the last k_t - 1 maps of each depthwise convolution, and sums. Hence
 
     state = None
@@ -75,7 +75,7 @@ class Search:
 
     def blocks(self) -> list[list[tuple[int, int, int, int, int]]]:
         """List each stage's blocks: channels out, inner channels, k_t, k, stride."""
-        stages = []
+        stages: list[list[tuple[int, int, int, int, int]]] = []
         for number, row in enumerate(self.stages):
             width, _, blocks = row.partition(":")
             stages.append([])

@@ -46,9 +46,8 @@ from vidtrain.types import UserError
 class Expansion:
     """The six factors of table 1, and what they come to. With all of them 1 this is X2D.
 
-    Each factor changes one dimension and no other. The paper's steps are products of them: X-Temporal,
-    X-Spatial, X-Depth, X-Width and X-Bottleneck expand their own axis; X-Fast samples more densely and
-    keeps the clip's duration, which is `expand(fast=2, temporal=2)`.
+    Each factor changes one dimension and no other. A step along two axes is a product of them: twice
+    the frames in the same time is `expand(fast=2, temporal=2)`.
 
         Expansion(gamma_tau=12).expand(bottleneck=2.25).expand(fast=2, temporal=2)
 
@@ -86,7 +85,10 @@ class Expansion:
         width: float = 1.0,
         bottleneck: float = 1.0,
     ) -> Expansion:
-        """Multiply frame rate, frames, pixels, blocks, channels or inner channels by a factor."""
+        """Take a step along the paper's axes, X-Fast to X-Bottleneck, each by a factor.
+
+        They multiply frame rate, frames, height and width, blocks, channels, and inner channels.
+        """
         return replace(
             self,
             gamma_tau=self.gamma_tau / fast,
