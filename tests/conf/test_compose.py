@@ -94,7 +94,9 @@ def test_every_experiment_composes(compose, experiment):
         bind(plain[part])
 
 
-@pytest.mark.parametrize("verb", ["train", "test", "predict", "extract", "summary", "bench", "data"])
+@pytest.mark.parametrize(
+    "verb", ["train", "test", "predict", "extract", "summary", "bench", "data"]
+)
 def test_every_verb_has_a_root(compose, verb):
     assert compose(verb) is not None
 

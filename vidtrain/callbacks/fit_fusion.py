@@ -39,8 +39,9 @@ class FitFusion(L.Callback):
 
     Each training video is looked at as `test` looks at its videos, with all views. The SVM goes into
     the best epoch's checkpoint; without an epoch (`trainer.max_epochs=0`, streams that are trained
-    already) it is fitted to the weights that there are, and `last.ckpt` has it. Where `trainer.limit_train_batches` shortens the epochs, as many
-    videos are taken, spread over all of them. Networks without an SVM are left alone.
+    already) it is fitted to the weights that there are, and `last.ckpt` has it. Where
+    `trainer.limit_train_batches` shortens the epochs, as many videos are taken, spread over all of
+    them. Networks without an SVM are left alone.
 
     Args:
         cost: of errors against a wide margin, the C of scikit-learn's LinearSVC.

@@ -155,7 +155,7 @@ def _along_trajectories(flow: Tensor) -> Tensor:
     """Take field k at p_k, where p_1 is the pixel and p_k = p_(k-1) + field k-1 at p_(k-1).
 
     Between pixels it is interpolated; outside of the frame the nearest pixel counts. Every field must
-    lead to the frame of the next one (`clip.stride=1`).
+    lead to the frame of the next one (`clip.stride=1`), in pixels of the clip (`data.flow_bound=20`).
 
     Args:
         flow: (B, 2, L, H, W) in pixels, dx first.

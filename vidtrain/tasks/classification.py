@@ -22,9 +22,10 @@ class Classification(VideoTask):
     """Cross-entropy for one label, binary cross-entropy for many; scores averaged over views.
 
     A video's score is the mean over its views of the softmax (sigmoid with many labels), as the
-    papers test. A network that answers S times (see `types.VideoModel`) has each answer compared
-    with the label, and one score made of all of them after the mean over views. Metrics: top-1, top-5 and the mean over classes of their accuracy; with many labels
-    mAP (mean over classes of the average precision) and Sports-1M's hit@1 and hit@5.
+    papers test. A network that answers S times (see `types.VideoModel`) has each answer compared with
+    the label, and one score made of all of them after the mean over views. Metrics: top-1, top-5 and
+    the mean over classes of their accuracy; with many labels mAP (mean over classes of the average
+    precision) and Sports-1M's hit@1 and hit@5.
     """
 
     def __init__(self, num_classes: int, multi_label: bool = False, label_smoothing: float = 0.0):
