@@ -461,3 +461,9 @@ def test_scores_do_not_depend_on_whether_frames_fit_in_memory(trained, vidtrain,
         assert out.code == 0, out.err
         scores.append((tmp_path / str(memory) / "predictions.csv").read_text())
     assert scores[0] == scores[1]
+
+
+def test_an_epoch_cut_short_by_max_steps_is_no_mistake(vidtrain, tiny_dataset):
+    done = vidtrain("train", *TINY, f"data.root={tiny_dataset}", "trainer.max_steps=2", "test=true")
+    assert done.code == 0, done.err
+    assert "test/top1" in done.out

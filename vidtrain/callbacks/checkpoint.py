@@ -134,6 +134,7 @@ class Checkpoint(ModelCheckpoint):
 
 
 def validated(trainer: L.Trainer) -> bool:
-    """Say whether this epoch was to be validated."""
+    """Say whether this epoch was to be validated: not where `trainer.max_steps` has cut it short."""
     every = trainer.check_val_every_n_epoch or 1
-    return bool(trainer.limit_val_batches) and (trainer.current_epoch + 1) % every == 0
+    whole = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+    return bool(trainer.limit_val_batches) and whole and (trainer.current_epoch + 1) % every == 0
