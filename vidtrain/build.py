@@ -190,7 +190,7 @@ def weights(cfg: DictConfig, earlier: Path | None, say: Callable[[str], None]) -
     from vidtrain.weights import load
 
     node = _plain(cfg.model)
-    if node.get("weights") is None:
+    if node.get("weights") is None and earlier is None:
         return []
     if earlier is not None:
         node |= {"weights": str(earlier), "weights_from": None}
@@ -244,7 +244,8 @@ def check_optim(cfg: DictConfig) -> None:
     from torch import nn
 
     recipe = instantiate(cfg.optim)
-    groups = {"groups": None} if cfg.optim.get("groups") else {}  # patterns of the real network
+    patterns = isinstance(cfg.optim.get("groups"), DictConfig)
+    groups = {"groups": None} if patterns else {}  # patterns of the real network
     try:
         recipe(nn.Linear(1, 1), 10, **groups)
     except (TypeError, ValueError) as error:

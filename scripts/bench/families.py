@@ -30,7 +30,7 @@ FAMILIES = {
     "slow fusion": f"model=slow_fusion {SMALL}",
     "cnn + lstm": f"model=cnn_lstm {SMALL}",
     "gru-rcn": f"model=gru_rcn {SMALL}",
-    "r2plus1d": "model=r2plus1d_18 +model.width=8",
+    "r2plus1d": "model=r2plus1d_18 model.width=8",
     "slowfast": "model=slowfast_r50_4x16 +model.width=16",
     "two-stream, spatial": f"model=two_stream {SMALL} model.streams=spatial",
     "two-stream, temporal": f"model=two_stream {SMALL} model.streams=temporal data.flow=farneback",

@@ -83,6 +83,7 @@ class FitFusion(L.Callback):
         saved = torch.load(best, map_location="cpu", weights_only=True) if best else None
         if saved is not None:
             pl_module.load_state_dict(saved["state_dict"])
+        self.lost = 0
         try:
             scored = list(self._score(trainer, pl_module))
         except KeyboardInterrupt:  # nothing is lost: a run that goes on comes here again
@@ -99,7 +100,8 @@ class FitFusion(L.Callback):
             found = svm(scores.to(svm.weight)).argmax(1).cpu()
             right = (found == labels).float().mean()
             Console(stderr=True).print(
-                f"SVM fitted to {len(videos)} training videos, {right:.1%} of them right",
+                f"SVM fitted to {len(videos)} training videos, {right:.1%} of them right"
+                + (f"; {self.lost} cannot be read" if self.lost else ""),
                 highlight=False,
             )
             if saved is not None and best is not None:
@@ -121,8 +123,10 @@ class FitFusion(L.Callback):
         finally:
             data.test_split = split
         count = len(loader.dataset)
-        wanted = trainer.num_training_batches * data.batch_size * trainer.world_size
-        rows = np.linspace(0, count - 1, int(min(count, wanted))).round().astype(int)
+        wanted = count
+        if trainer.limit_train_batches != 1.0 or isinstance(trainer.limit_train_batches, int):
+            wanted = int(trainer.num_training_batches) * data.batch_size * trainer.world_size
+        rows = np.linspace(0, count - 1, min(count, wanted)).round().astype(int)
         share = rows[trainer.global_rank :: trainer.world_size].tolist()
         size = data.eval_batch_size or 1
         loader.order = [
@@ -136,6 +140,7 @@ class FitFusion(L.Callback):
         bar = Progress(console=Console(stderr=True), disable=not trainer.is_global_zero)
         with bar, torch.inference_mode(), trainer.precision_plugin.val_step_context():
             for batch in bar.track(loader, len(loader.order), description="SVM"):
+                self.lost += len(batch["failures"])
                 if not len(batch["index"]):
                     continue
                 batch = transform(move_data_to_device(batch, device))

@@ -142,7 +142,9 @@ def main(cfg: DictConfig) -> int:
     output = Path(str(cfg.output)).expanduser()
     with (
         writing(output) as parts,
-        Ledger(output, LEDGER, settings(cfg, data, network, every), Made, "extract") as ledger,
+        Ledger(
+            output, LEDGER, settings(cfg, merged, data, network, every), Made, "extract"
+        ) as ledger,
     ):
         refuse_others(ledger)
         parts.mkdir(exist_ok=True)
@@ -209,7 +211,7 @@ def find_network(cfg: DictConfig, console: Console) -> tuple[Any, DictConfig]:
         built = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
         assert isinstance(built, DictConfig)
         with open_dict(built):
-            built.data.num_classes = 1  # the data may not know theirs, and nobody asks
+            built.data["num_classes"] = 1  # the data may not know theirs, and nobody asks
         torch.manual_seed(cfg.seed)
         network: Any = build.model(built)
         for part in parts:
@@ -239,18 +241,22 @@ def files_of(name: Any) -> Videos:
     return Videos(Files(paths), range(len(paths)), os.path.abspath(base))
 
 
-def settings(cfg: DictConfig, data: Any, network: nn.Module, every: int) -> list[Any]:
+def settings(
+    cfg: DictConfig, merged: DictConfig, data: Any, network: nn.Module, every: int
+) -> list[Any]:
     """List all that decides what is made of a video."""
+    built = config.resolved(merged)["model"]  # what has no tensors counts too
+    built = {key: value for key, value in built.items() if key not in build.FILL_KEYS}
     clip: Clip = data.clip
     seen = [clip.num_frames, clip.stride, clip.size, list(clip.mean), list(clip.std), clip.fps]
     seen += [data.views["short_side"], data.views["size"], data.past_end, data.region, data.span]
     if "flow" in data.inputs:
         seen += [data.flow_source, data.flow_method, data.flow_bound, data.flow_direction]
-        seen += [data.flow_mean]
+        seen += [data.flow_mean, str(data.flow_root)]
     if cfg.input is None:
         seen += [data.manifest.packed_version]
     own = [every, cfg.pool, cfg.dtype, cfg.precision]
-    return list(json.loads(json.dumps([FORMAT, digest(network), seen, own])))
+    return list(json.loads(json.dumps([FORMAT, [digest(network), built], seen, own])))
 
 
 def digest(network: nn.Module) -> str:

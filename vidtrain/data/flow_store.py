@@ -154,6 +154,7 @@ def compute(
     if split is not None:
         wanted = list(dict.fromkeys(manifest.row(n).path for n in manifest.split(split).tolist()))
     with writing(output, FULL, "data.flow_root"), ledger_of(output, settings) as ledger:
+        _refuse_another_method(ledger, settings)
         files = {
             name: there
             for path in paths
@@ -185,12 +186,29 @@ def compute(
 
         tell(0)
         made, failed = work(make, jobs, ledger, FULL[0], workers, time_limit, tell, "the codec")
+        source = {file_of(path, side): path for path in wanted for side in sides}
+        failed = [lost._replace(path=source.get(lost.path, lost.path)) for lost in failed]
         outcome = Outcome(files | made, len(made), failed)
         if not outcome.files:
             path, reason, _ = failed[0]
             raise UserError(f"the flow of not one video could be computed; {path}: {reason}")
         _write_facts(output, settings, outcome)
     return outcome
+
+
+def _refuse_another_method(ledger: Ledger, settings: Settings) -> None:
+    """Leave flow alone that was computed by another method: it may have taken days.
+
+    Raises:
+        UserError: naming that method.
+    """
+    for line in ledger.lines.values():
+        method = dict(zip(("format", *Settings._fields), line.get("how", ()), strict=False)).get("method")
+        if method not in (None, settings.method):
+            raise UserError(
+                f"{ledger.output} holds flow computed by {method}; name another folder for"
+                f" {settings.method} (data.flow_root=...), or delete that one"
+            )
 
 
 def ledger_of(output: Path, settings: Settings) -> Ledger:

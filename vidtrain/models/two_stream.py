@@ -50,7 +50,6 @@ from vidtrain.layers.frames import check_clip
 from vidtrain.layers.image import ImageNet, PlainNet, image_net, run_stages
 from vidtrain.types import UserError
 
-PIXELS = 20.0  # of displacement in the unit of `flow`
 STREAMS = {"both": ("spatial", "temporal"), "spatial": ("spatial",), "temporal": ("temporal",)}
 INPUT = {"spatial": "video", "temporal": "flow"}
 
@@ -155,7 +154,7 @@ def _along_trajectories(flow: Tensor) -> Tensor:
     """Take field k at p_k, where p_1 is the pixel and p_k = p_(k-1) + field k-1 at p_(k-1).
 
     Between pixels it is interpolated; outside of the frame the nearest pixel counts. Every field must
-    lead to the frame of the next one (`clip.stride=1`), in pixels of the clip (`data.flow_bound=20`).
+    lead to the frame of the next one (`clip.stride=1`), in pixels of the clip.
 
     Args:
         flow: (B, 2, L, H, W) in pixels, dx first.
@@ -187,6 +186,7 @@ class TwoStream(nn.Module):
         fields: How many of their T fields are stacked.
         stacking: Where each is taken: flow, at the pixel; trajectory, where those before it lead.
         fusion: What makes one score of the streams' two: average or svm.
+        flow_bound: Pixels of displacement that come in as 1.
     """
 
     def __init__(
@@ -198,6 +198,7 @@ class TwoStream(nn.Module):
         fields: int,
         stacking: str,
         fusion: str,
+        flow_bound: float,
     ) -> None:
         super().__init__()
         if spatial is not None:
@@ -208,7 +209,7 @@ class TwoStream(nn.Module):
         self.inputs = tuple(INPUT[name] for name in self.streams)
         self.num_features = sum(net.num_features for net in self.children())  # type: ignore[misc]
         self.num_frames, self.fields = num_frames, fields
-        self.stacking, self.fusion = stacking, fusion
+        self.stacking, self.fusion, self.flow_bound = stacking, fusion, flow_bound
         self.num_classes = num_classes
         self.svm = self._new_svm()
 
@@ -222,7 +223,7 @@ class TwoStream(nn.Module):
     def stack(self, flow: Tensor) -> Tensor:
         """Stack the fields, in pixels: (B, 2, T, H, W) -> (B, 2L, H, W)."""
         check_clip(flow, self.num_frames)
-        flow = flow[:, :, : self.fields] * PIXELS
+        flow = flow[:, :, : self.fields] * self.flow_bound
         if self.stacking == "trajectory":
             flow = _along_trajectories(flow.float()).to(flow.dtype)  # bf16 cannot tell pixels apart
         return rearrange(flow, "b c t h w -> b (t c) h w")
@@ -294,6 +295,8 @@ def two_stream(
     backbone: str = "cnn_m_2048",
     temporal_backbone: str | None = None,
     dropout: float = 0.9,
+    stride: int = 1,
+    flow_bound: float = 20.0,
 ) -> TwoStream:
     """Build both streams, or one.
 
@@ -308,6 +311,8 @@ def two_stream(
         backbone: cnn_m_2048, small, or a 2D network of torchvision.
         temporal_backbone: That of the temporal stream; None: the same.
         dropout: Of cnn_m_2048; torchvision's networks keep theirs.
+        stride: Of the clips' frames. Trajectories need 1: a field leads to the next frame.
+        flow_bound: Pixels of displacement that come in as 1.
 
     Raises:
         UserError: naming the key that is wrong.
@@ -322,6 +327,11 @@ def two_stream(
             raise UserError(f"model.{key} is '{value}'; it must be one of {', '.join(known)}")
     if fusion == "svm" and streams != "both":
         raise UserError(f"model.fusion=svm needs two streams; model.streams is '{streams}'")
+    if stacking == "trajectory" and stride != 1:
+        raise UserError(
+            f"model.stacking=trajectory follows each field to the next frame; clip.stride is {stride},"
+            " set it to 1"
+        )
     stacked = num_frames - (fields == "T-1")
     if stacked < 1:
         raise UserError("model.fields=T-1 leaves out the last flow field; set clip.num_frames to 2")
@@ -336,4 +346,4 @@ def two_stream(
             others = ["cnn_m_2048"]
             nets[stream] = image_net(names[stream], num_classes, size, channels[stream], others)
     both = nets.get("spatial"), nets.get("temporal")
-    return TwoStream(*both, num_classes, num_frames, stacked, stacking, fusion)
+    return TwoStream(*both, num_classes, num_frames, stacked, stacking, fusion, flow_bound)

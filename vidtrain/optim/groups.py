@@ -113,6 +113,10 @@ def decay_groups(
         UserError: a pattern that chooses nothing, a factor that is no number above 0, or no
             parameter is left to train.
     """
+    if groups is not None and not isinstance(groups, Mapping):
+        raise UserError(
+            f"optim.groups is {groups!r}; it takes factors by pattern, such as {{fc: 10}}"
+        )
     factors: dict[str, float] = {}
     for pattern, factor in (groups or {}).items():
         if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not factor > 0:

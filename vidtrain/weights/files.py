@@ -162,7 +162,7 @@ def read(path: Path) -> File:
         ) from None
     except Exception as error:  # torch raises anything over bytes that are no file of its own
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} cannot be read as weights ({reason}); is it complete?") from None
+        raise UserError(f"{path} is no whole file that torch.save wrote ({reason})") from None
     tensors, extra = unwrap(content)
     if not tensors:
         raise UserError(f"{path} holds no tensors by name; save a state dict with torch.save")
