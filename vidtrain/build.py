@@ -173,21 +173,21 @@ def _plain(node: DictConfig) -> dict[str, Any]:
 
 
 def weights(cfg: DictConfig, earlier: Path | None, say: Callable[[str], None]) -> list[Part]:
-    """Open what `model.weights` names, and make its normalisation the clip's.
+    """Open what `model.weights` names, or a checkpoint, and make its normalisation the clip's.
 
     Args:
         cfg: its `clip.mean` and `clip.std` are changed.
-        earlier: a checkpoint that the network will be filled from instead, since it goes on from
-            there; then only the normalisation that it was trained with is taken.
+        earlier: a checkpoint of vidtrain's in place of `model.weights`.
         say: told in a line what was changed.
 
     Returns:
         What `vidtrain.weights.load.fill` puts into the network.
 
     Raises:
-        UserError: the weights cannot be had, or the user wants frames normalised in another way.
+        UserError: the weights cannot be had, the checkpoint is not one of vidtrain's, or the user
+            wants frames normalised in another way.
     """
-    from vidtrain.weights import load
+    from vidtrain.weights import load, own
 
     node = _plain(cfg.model)
     if node.get("weights") is None and earlier is None:
@@ -196,8 +196,12 @@ def weights(cfg: DictConfig, earlier: Path | None, say: Callable[[str], None]) -
         node |= {"weights": str(earlier), "weights_from": None}
     parts = load.open_parts(node, Path(cfg.paths.cache).expanduser() / "weights", say)
     asked = load.colours(parts)
+    if earlier is not None and parts[0].layout is not own.LAYOUT:
+        raise UserError(
+            f"{earlier} is not a checkpoint of vidtrain's; weights of others: model.weights={earlier}"
+        )
     if asked is None:
-        return [] if earlier else parts
+        return parts
     given = (list(cfg.clip.mean), list(cfg.clip.std))
     if not (load.same(given[0], asked[0]) and load.same(given[1], asked[1])):
         usual = model_defaults()
@@ -215,7 +219,7 @@ def weights(cfg: DictConfig, earlier: Path | None, say: Callable[[str], None]) -
             f"frames are normalised as for the weights: clip.mean={_numbers(asked[0])}"
             f" clip.std={_numbers(asked[1])}"
         )
-    return [] if earlier else parts
+    return parts
 
 
 def _numbers(values: Sequence[float]) -> str:

@@ -4,15 +4,17 @@
     python scripts/bench/models.py r3d_18 slowfast_r50_8x8 --batch 8
 
 Each network of conf/model/ is built at its paper's clip and trained on noise in bf16, ours with weights
-and clips in channels-last memory; `--compile` compiles both. Counterparts come from torchvision and, where
-it is installed, PyTorchVideo, in the memory order in which those libraries train. Both take turns, round
-by round, in one process. Printed is the median time of a step, the ratio ours / theirs, and the most
-memory that a step took. On a CPU the same, in float32 with `--frames` and `--size` to make it bearable.
+and clips in channels-last memory (`--order plain`: channels first; both orders may be given); `--compile`
+compiles both. Counterparts come from torchvision and, where it is installed, PyTorchVideo, in the memory
+order in which those libraries train. All take turns, round by round, in one process. Printed is the median
+time of a step, the ratio ours / theirs, and the memory that a step takes besides what the others hold. On
+a CPU the same, in float32 with `--frames` and `--size` to make it bearable.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import statistics
 import time
@@ -77,15 +79,16 @@ class Contender:
         net: nn.Module,
         inputs: list[torch.Tensor],
         device: torch.device,
-        channels_last: bool,
+        order: str,
         compile: bool,
     ) -> None:
         self.device = device
         net = net.to(device)
-        if channels_last:
+        if order == "last":
             for parameter in net.parameters():
                 if parameter.ndim in FORMATS:
                     parameter.data = parameter.data.to(memory_format=FORMATS[parameter.ndim])
+        if order != "plain":
             inputs = [x.contiguous(memory_format=torch.channels_last_3d) for x in inputs]
         self.inputs = [x.to(device) for x in inputs]
         self.optimizer = torch.optim.SGD(net.parameters(), lr=1e-4, momentum=0.9)
@@ -100,6 +103,7 @@ class Contender:
         if cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
         began = time.perf_counter()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=cuda):
             logits = self.net(*self.inputs)
@@ -111,8 +115,13 @@ class Contender:
         self.optimizer.zero_grad(set_to_none=True)
         if cuda:
             torch.cuda.synchronize()
-            self.memory = max(self.memory, torch.cuda.max_memory_allocated())
+            self.memory = max(self.memory, torch.cuda.max_memory_allocated() - before)
         self.times.append(time.perf_counter() - began)
+
+    @property
+    def ms(self) -> float:
+        """The median time of a step, in milliseconds."""
+        return 1000 * statistics.median(self.times)
 
 
 def main() -> None:
@@ -123,6 +132,7 @@ def main() -> None:
     parser.add_argument("--size", type=int)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--order", nargs="+", choices=("last", "clips", "plain"), default=["last"])
     parser.add_argument("--alone", action="store_true", help="without the counterparts")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -132,7 +142,7 @@ def main() -> None:
         f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, torch {torch.__version__}"
     )
     print(
-        f"{'':<24}{'clip':>14}{'batch':>6}{'ours ms':>10}{'theirs ms':>11}{'ratio':>7}{'ours GB':>9}{'theirs GB':>10}"
+        f"{'':<24}{'clip':>14}{'batch':>6}{'order':>7}{'ours ms':>10}{'theirs ms':>11}{'ratio':>7}{'ours GB':>9}{'theirs GB':>10}"
     )
     for name in names:
         try:
@@ -146,7 +156,7 @@ def main() -> None:
 
 
 def measure(name: str, args: argparse.Namespace, device: torch.device) -> str:
-    """Let ours and theirs take turns."""
+    """Let ours, in each order, and theirs take turns."""
     overrides = [f"model={name}", "data=kinetics400"]
     overrides += [f"clip.num_frames={args.frames}"] if args.frames else []
     overrides += [f"clip.size={args.size}"] if args.size else []
@@ -156,10 +166,13 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> str:
     frames, size = cfg.clip.num_frames, cfg.clip.size
     shapes = {"video": (3, frames, size, size), "flow": (2, frames, size, size)}
     inputs = [torch.randn(args.batch, *shapes[key]) for key in ours.inputs]
-    contenders = [Contender(ours, inputs, device, channels_last=True, compile=args.compile)]
+    contenders = [
+        Contender(copy.deepcopy(ours), inputs, device, order, args.compile) for order in args.order
+    ]
+    theirs = None
     if name in COUNTERPARTS and not args.alone:
-        theirs = COUNTERPARTS[name]()
-        contenders.append(Contender(theirs, inputs, device, False, args.compile))
+        theirs = Contender(COUNTERPARTS[name](), inputs, device, "plain", args.compile)
+        contenders.append(theirs)
     for contender in contenders:
         for _ in range(3):  # compiles, chooses kernels
             contender.step()
@@ -167,15 +180,13 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> str:
     for _ in range(args.rounds):
         for contender in contenders:
             contender.step()
-    medians = [statistics.median(contender.times) for contender in contenders]
-    memory = [contender.memory / 1e9 for contender in contenders]
-    line = f"{name:<24}{f'{frames}x{size}x{size}':>14}{args.batch:>6}{1000 * medians[0]:10.1f}"
-    if len(contenders) == 2:
-        line += f"{1000 * medians[1]:11.1f}{medians[0] / medians[1]:7.2f}"
-    else:
-        line += f"{'-':>11}{'-':>7}"
-    line += f"{memory[0]:9.1f}"
-    return line + (f"{memory[1]:10.1f}" if len(contenders) == 2 else f"{'-':>10}")
+    rows = []
+    for order, mine in zip(args.order, contenders, strict=False):
+        row = f"{name:<24}{f'{frames}x{size}x{size}':>14}{args.batch:>6}{order:>7}{mine.ms:10.1f}"
+        row += f"{theirs.ms:11.1f}{mine.ms / theirs.ms:7.2f}" if theirs else f"{'-':>11}{'-':>7}"
+        row += f"{mine.memory / 1e9:9.2f}"
+        rows.append(row + (f"{theirs.memory / 1e9:10.2f}" if theirs else f"{'-':>10}"))
+    return "\n".join(rows)
 
 
 if __name__ == "__main__":

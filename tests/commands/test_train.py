@@ -262,7 +262,9 @@ def test_weights_can_start_another_run_with_other_classes(
         "train", *TINY, f"data.root={two}", "trainer.max_epochs=1", f"ckpt={trained[0]}"
     )
     assert result.code == 0, result.err
-    assert "new: model." in result.out
+    assert "has 3 classes, the data 2" in result.out and "new here: " in result.out
+    other = vidtrain("train", *TINY, f"data.root={two}", "model=single_frame", f"ckpt={trained[0]}")
+    assert other.code == 2 and "does not fit" in other.err and "is it the right model" in other.err
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

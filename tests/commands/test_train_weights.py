@@ -76,6 +76,23 @@ def test_a_file_fills_the_network_and_stays_in_the_config(train, tmp_path):
     assert config["model"]["weights"] == str(path) and config["freeze"] == ["stem", "layer1"]
 
 
+def test_a_checkpoint_starts_another_run_with_its_classes_in_their_order(
+    train, fails, ours, tmp_path
+):
+    path, net = ours
+    run, out = train(*SMALL, f"ckpt={path}", *STILL)
+    assert f"weights of {path}: " in out and "in the order of the data's classes" in out
+    expected = net.classifier.weight[[1, 2, 0]]  # apple, pear, zebra
+    torch.testing.assert_close(state(run)[0]["classifier.weight"], expected)
+
+    torch.save(net.state_dict(), tmp_path / "bare.pth")
+    error = fails(*SMALL, f"ckpt={tmp_path}/bare.pth")
+    assert (
+        f"bare.pth is not a checkpoint of vidtrain's; weights of others: model.weights={tmp_path}"
+        in error
+    )
+
+
 @pytest.fixture
 def ours(tmp_path):
     """A checkpoint of ours whose frames were normalised in an odd way."""
@@ -110,7 +127,8 @@ def test_normalisation_and_order_of_classes_come_with_the_weights(train, ours, v
     assert again == run and "weights of" not in out
     assert state(run)[1]["clip"]["mean"] == [0.11, 0.12, 0.13]
     _, out = train(*SMALL, f"model.weights={path}", f"ckpt={run}")
-    assert "clip.mean=[0.11,0.12,0.13]" in out and "weights of" not in out
+    assert "clip.mean=[0.11,0.12,0.13]" in out
+    assert f"weights of {run}" in out and f"weights of {path}" not in out
 
 
 def test_resume_auto_finds_a_run_with_weights(train, ours):

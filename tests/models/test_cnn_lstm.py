@@ -71,6 +71,22 @@ def test_fc6_is_torchvisions():
     }
 
 
+def test_a_fully_connected_layer_sees_where_things_are():
+    """The mean of a map says the same of two maps that are one another's mirror image."""
+    means, places = small(backbone="small"), small(backbone="small", fc6=16)
+    maps = torch.rand(2, 128, 4, 4)
+
+    def steps(net, maps):
+        net.backbone.image.to_map = lambda x: maps
+        return net.forward_features(torch.zeros(2, 3, 1, 64, 64)).mean((3, 4))
+
+    assert places.num_features == 16 and steps(places, maps).shape == (2, 16, 1)
+    torch.testing.assert_close(steps(means, maps.flip(3)), steps(means, maps))
+    assert (steps(places, maps.flip(3)) - steps(places, maps)).abs().amax() > 1e-3
+    with pytest.raises(UserError, match="built for frames of 64 pixels and got 48 x 48"):
+        places(torch.randn(1, 3, 2, 48, 48))
+
+
 @pytest.mark.parametrize("layers", [1, 2])
 def test_many_to_one_is_the_last_step_of_many_to_many(layers):
     """B5.1."""
@@ -200,6 +216,9 @@ def test_first_weights_are_the_papers():
         ({"answers": "first"}, "model.answers is 'first'"),
         ({"score": "max"}, "model.score is 'max'"),
         ({"modality": "sound"}, "model.modality is 'sound'"),
+        ({"fc6": 8}, "model.fc6 is 8, but alexnet has its own"),
+        ({"fc6": 0, "backbone": "small"}, "model.fc6 is 0; it must be at least 1"),
+        ({"fc6": 8, "features": 6}, "only a 2D backbone takes one"),
         ({"backbone": "alexnt"}, "did you mean 'alexnet'"),
         ({"backbone3d": nn.Linear(1, 1)}, "model.backbone3d must be one of vidtrain's"),
     ],

@@ -53,6 +53,7 @@ ALSO: dict[str, list[str]] = {
     "movinet_a0_stream 3d": [
         "model=movinet_a0_stream", "+model.conv=3d", "+model.positional_encoding=true"
     ],
+    "cnn_lstm fc6": ["model=cnn_lstm", "model.fc6=16"],
     "gru_rcn both": ["model=gru_rcn", "model.stacked=true", "model.bidirectional=true"],
 }  # fmt: skip
 
@@ -69,6 +70,7 @@ FAMILIES = {
 # What is built for one number of frames (T) or one size (S), and says so when it gets another.
 FIXED = {
     "c3d": "TS",
+    "cnn_lstm fc6": "S",
     "early_fusion": "TS",
     "late_fusion": "TS",
     "single_frame": "S",

@@ -6,8 +6,8 @@ import json
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +42,23 @@ def check_settings(cfg: DictConfig) -> None:
     Raises:
         UserError: naming the key.
     """
-    clips, seconds = cfg.clips, cfg.time_limit
+    clips = cfg.clips
     if not isinstance(clips, int) or isinstance(clips, bool) or clips < 1:
         raise UserError(f"clips is {clips!r}; it must be a whole number, at least 1")
-    if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not seconds > 0:
-        raise UserError(f"time_limit is {seconds!r}; it must be a number of seconds, more than 0")
+    seconds_of(cfg.time_limit, "time_limit")
     if cfg.output is not None and cfg.action in ("check", "show"):  # the others write folders
         output_file(cfg, "")
+
+
+def seconds_of(value: Any, key: str) -> float:
+    """Read a time limit.
+
+    Raises:
+        UserError: it is none, naming the key.
+    """
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+        raise UserError(f"{key} is {value!r}; it must be a number of seconds, more than 0")
+    return float(value)
 
 
 def output_file(cfg: DictConfig, default: str) -> Path:
@@ -63,6 +73,37 @@ def output_file(cfg: DictConfig, default: str) -> Path:
     if not output.parent.is_dir():
         raise UserError(f"output={output}: there is no folder {output.parent}")
     return output
+
+
+@contextmanager
+def in_pieces(name: str) -> Iterator[Callable[[int, int], None]]:
+    """Show how far work is that goes on where it was stopped, and say so when it is stopped.
+
+    Yields:
+        What is told how many pieces are done, of how many.
+    """
+    bar = Progress(console=Console(stderr=True))
+    task = bar.add_task(name)
+
+    def tell(done: int, total: int) -> None:
+        if not bar.live.is_started:  # not before mistakes in the settings are out of the way
+            bar.start()
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield tell
+    except KeyboardInterrupt:
+        bar.stop()
+        print("what is done stays; the same command goes on with the rest", file=sys.stderr)
+        raise
+    finally:
+        bar.stop()
+
+
+def print_failed(console: Console, failed: Sequence[Any]) -> None:
+    """Name each file that nothing could be made of."""
+    for path, reason, _ in failed:
+        console.print(f"unusable: {path}: {reason}", style="red", markup=False, soft_wrap=True)
 
 
 def rows_of(cfg: DictConfig, data: Any) -> list[Any]:
@@ -319,38 +360,22 @@ def resize(cfg: DictConfig, data: Any, console: Console) -> int:
         raise UserError("output is not set; add output=FOLDER for the re-encoded videos")
     output = Path(str(cfg.output)).expanduser()
     settings = dict(cfg.resize)
-    seconds = settings.pop("time_limit")
-    if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not seconds > 0:
-        raise UserError(f"resize.time_limit is {seconds!r}; it must be a number of seconds")
+    seconds = seconds_of(settings.pop("time_limit"), "resize.time_limit")
     # A table of one's own names files with their endings: it is replaced by the one that is written.
     own = str(cfg.data.prepare._target_).startswith("vidtrain.data.prepare.folder")
     lists = [] if own else [Path(path) for path, *_ in annotation_files(data.root, {})]
-    bar = Progress(console=Console(stderr=True))
-    task = bar.add_task("resize")
-    with ExitStack() as shown:
-
-        def tell(done: int, total: int) -> None:
-            if not bar.live.is_started:  # not before mistakes in the settings are out of the way
-                shown.enter_context(bar)
-            bar.update(task, completed=done, total=total)
-
-        try:
-            outcome = resizing.resize(
-                data.manifest,
-                cfg.split,
-                output,
-                resizing.Settings(**settings),
-                [path for path in lists if path.is_file()],
-                max(1, data.workers),
-                float(seconds),
-                tell,
-            )
-        except KeyboardInterrupt:
-            shown.close()
-            print("what is done stays; the same command goes on with the rest", file=sys.stderr)
-            raise
-    for path, reason, _ in outcome.failed:
-        console.print(f"unusable: {path}: {reason}", style="red", markup=False, soft_wrap=True)
+    with in_pieces("resize") as tell:
+        outcome = resizing.resize(
+            data.manifest,
+            cfg.split,
+            output,
+            resizing.Settings(**settings),
+            [path for path in lists if path.is_file()],
+            max(1, data.workers),
+            seconds,
+            tell,
+        )
+    print_failed(console, outcome.failed)
     print_gain(console, data.manifest.root, output, outcome)
     options = ["data=folder", f"data.root={output}"]
     options += ["data.multi_label=true"] if data.multi_label else []
@@ -410,40 +435,24 @@ def flow(cfg: DictConfig, data: Any, console: Console) -> int:
     if data.flow_root is None:
         raise UserError("data.flow_root is not set; name a folder for the flow")
     settings = dict(cfg.flow)
-    seconds = settings.pop("time_limit")
-    if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not seconds > 0:
-        raise UserError(f"flow.time_limit is {seconds!r}; it must be a number of seconds")
+    seconds = seconds_of(settings.pop("time_limit"), "flow.time_limit")
     workers = max(1, data.workers)
     if data.flow_method == "raft" and torch.cuda.is_available():
         # of each GPU one computes while the other reads and writes
         workers = min(workers, 2 * torch.cuda.device_count())
-    bar = Progress(console=Console(stderr=True))
-    task = bar.add_task("flow")
-    with ExitStack() as shown:
-
-        def tell(done: int, total: int) -> None:
-            if not bar.live.is_started:  # not before mistakes in the settings are out of the way
-                shown.enter_context(bar)
-            bar.update(task, completed=done, total=total)
-
-        try:
-            outcome = flow_store.compute(
-                data.manifest,
-                cfg.split,
-                data.flow_root,
-                flow_store.Settings(data.flow_method, data.flow_bound, **settings),
-                data.flow_direction,
-                data.flow_weights,
-                workers,
-                float(seconds),
-                tell,
-            )
-        except KeyboardInterrupt:
-            shown.close()
-            print("what is done stays; the same command goes on with the rest", file=sys.stderr)
-            raise
-    for path, reason, _ in outcome.failed:
-        console.print(f"unusable: {path}: {reason}", style="red", markup=False, soft_wrap=True)
+    with in_pieces("flow") as tell:
+        outcome = flow_store.compute(
+            data.manifest,
+            cfg.split,
+            data.flow_root,
+            flow_store.Settings(data.flow_method, data.flow_bound, **settings),
+            data.flow_direction,
+            data.flow_weights,
+            workers,
+            seconds,
+            tell,
+        )
+    print_failed(console, outcome.failed)
     found = outcome.summary()
     console.print(
         f"{found['fields']:,} fields in {found['files']:,} files, {found['bytes'] / 1e6:,.1f} MB,"

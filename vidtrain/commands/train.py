@@ -63,8 +63,6 @@ def main(cfg: DictConfig) -> float | int | None:
     )
     if task.frozen or cfg.get("freeze"):
         tell_line(console, frozen_line(task))
-    if start is not None:
-        start_from(task, start, console)
     resume_from = find_run(cfg, run_dir, console)
     if resume_from is None:
         for part in weights:
@@ -151,40 +149,6 @@ def frozen_line(task: Any) -> str:
     every = sum(p.numel() for p in parameters)
     what = ", ".join(task.frozen) or "single parameters"
     return f"frozen: {what}: {still:,} of {every:,} parameters"
-
-
-def start_from(task: Any, path: Path, console: Console) -> None:
-    """Take a checkpoint's weights; a head of another number of classes stays new, and is named.
-
-    Raises:
-        UserError: something else than the head does not fit.
-    """
-    theirs = checkpoint.load(path)["state_dict"]
-    ours = task.state_dict()
-    fits = {k: v for k, v in theirs.items() if k in ours and v.shape == ours[k].shape}
-    new = [key for key in ours if key not in fits and key.startswith("model.")]
-    head = head_keys(task)
-    wrong = [key for key in new if key not in head]
-    if wrong:
-        raise UserError(
-            f"ckpt={path} does not fit this model: {wrong[0]} is missing or of another shape"
-        )
-    task.load_state_dict(fits, strict=False)
-    console.print(
-        f"weights from {path}" + (f"; new: {', '.join(new)}" if new else ""), highlight=False
-    )
-
-
-def head_keys(task: Any) -> set[str]:
-    """Find the classifier's parameters: those that `reset_classifier(0)` takes away."""
-    import copy
-
-    bare = copy.deepcopy(task.model)
-    if not hasattr(bare, "reset_classifier"):
-        return set()
-    bare.reset_classifier(0)
-    left = {f"model.{key}" for key in bare.state_dict()}
-    return {key for key in task.state_dict() if key.startswith("model.") and key not in left}
 
 
 def run_to_go_on(cfg: DictConfig) -> Path | None:

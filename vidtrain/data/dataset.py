@@ -175,8 +175,12 @@ class VideoDataset(Dataset[Sample]):
             rng = np.random.default_rng([seed, attempt])
             row = self.rows.row(index)
             name = self.rows.location(row)
+            if self.watch is not None:
+                self.watch(index, name)
             try:
-                sample = self.load(index, row, name, rng)
+                if index in self.lost:
+                    raise DecodeError(name, self.lost[index])
+                sample = self.load(row, name, rng)
             except DecodeError as error:
                 if self.on_error == "raise":
                     raise UserError(f"{error} (data.on_error=skip would go on without)") from None
@@ -203,16 +207,12 @@ class VideoDataset(Dataset[Sample]):
         many[list(row.labels)] = 1
         return many
 
-    def load(self, index: int, row: Row, name: str, rng: np.random.Generator) -> Sample:
+    def load(self, row: Row, name: str, rng: np.random.Generator) -> Sample:
         """Open, choose, decode, crop.
 
         Raises:
             DecodeError: naming the file and the reason.
         """
-        if self.watch is not None:
-            self.watch(index, name)
-        if index in self.lost:
-            raise DecodeError(name, self.lost[index])
         with self.sources.open(name, row) as reader:
             first, length = stretch(reader, row, self.span)
             if self.augment is not None:

@@ -65,16 +65,12 @@ class FeatureDataset(VideoDataset):
                     break
         return self._dim
 
-    def load(self, index: int, row: Row, name: str, rng: np.random.Generator) -> Sample:
+    def load(self, row: Row, name: str, rng: np.random.Generator) -> Sample:
         """Open, choose, read: `features` (V, D, T) float32.
 
         Raises:
             DecodeError: naming the file and the reason.
         """
-        if self.watch is not None:
-            self.watch(index, name)
-        if index in self.lost:
-            raise DecodeError(name, self.lost[index])
         if self.clip.fps is not None and row.rate is None:
             raise UserError(
                 f"clip.fps is {self.clip.fps}, but nothing says how many features a second"

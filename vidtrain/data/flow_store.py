@@ -9,7 +9,6 @@ under its name is whole; a ledger says what it was made of, so that a run that w
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -22,7 +21,6 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange
 
-from vidtrain.data.encode import FULL, LIBAV_ERRORS
 from vidtrain.data.flow import (
     BOUND,
     DIRECTIONS,
@@ -32,7 +30,7 @@ from vidtrain.data.flow import (
     to_bytes,
     to_pixels,
 )
-from vidtrain.data.ledger import Failed, Ledger, check_output, work, writing
+from vidtrain.data.ledger import Failed, Ledger, check_output, put, work, writing
 from vidtrain.data.readers.flow import FORMAT, KEY, FlowReader
 from vidtrain.types import DecodeError, UserError
 
@@ -153,7 +151,7 @@ def compute(
     wanted = paths
     if split is not None:
         wanted = list(dict.fromkeys(manifest.row(n).path for n in manifest.split(split).tolist()))
-    with writing(output, FULL, "data.flow_root"), ledger_of(output, settings) as ledger:
+    with writing(output, "data.flow_root"), ledger_of(output, settings) as ledger:
         _refuse_another_method(ledger, settings)
         files = {
             name: there
@@ -185,7 +183,7 @@ def compute(
             progress(total - len(jobs) + done, total)
 
         tell(0)
-        made, failed = work(make, jobs, ledger, FULL[0], workers, time_limit, tell, "the codec")
+        made, failed = work(make, jobs, ledger, workers, time_limit, tell, "the codec")
         source = {file_of(path, side): path for path in wanted for side in sides}
         failed = [lost._replace(path=source.get(lost.path, lost.path)) for lost in failed]
         outcome = Outcome(files | made, len(made), failed)
@@ -240,37 +238,34 @@ def check_settings(settings: Settings, direction: str, weights: str | None) -> N
 
 
 def make(job: Job) -> Made | Failed:
-    """Compute and write the flow of one video, in a worker: under another name until it is whole."""
+    """Compute and write the flow of one video, in a worker."""
     import torch
 
+    torch.set_num_threads(1)  # the workers fill the cores
+    done = put(job, lambda: write_checked(job))
+    if isinstance(done, Failed):
+        return done
+    return Made(job.path, done.size, done.mtime_ns, done.bytes, *done.facts)
+
+
+def write_checked(job: Job) -> tuple[int, int, int, float, float]:
+    """Write the flow of a video, and open what was written.
+
+    Returns:
+        Its fields, width and height; and what `write` returns.
+
+    Raises:
+        DecodeError: the video cannot be read, or fields are missing.
+    """
     from vidtrain.data.decode import open_video
 
-    torch.set_num_threads(1)  # the workers fill the cores
-    try:
-        facts = os.stat(job.source)  # before reading: a change on the way makes it anew next time
-        with open_video(job.source) as reader:
-            count = max(1, len(reader) - 1)
-            said = write(reader, job)
-        with open(job.part, "rb") as file:
-            os.fsync(file.fileno())
-            size = os.fstat(file.fileno()).st_size
-        with FlowReader(job.part) as made:
-            found, width, height = len(made), made.width, made.height
-        if found != count:
-            raise DecodeError(job.source, f"its file of flow has {found} fields, not {count}")
-        os.makedirs(os.path.dirname(job.target), exist_ok=True)
-        os.replace(job.part, job.target)
-    except DecodeError as error:
-        return Failed(job.path, error.reason)
-    except LIBAV_ERRORS as error:
-        full = getattr(error, "errno", None) in FULL
-        return Failed(job.path, getattr(error, "strerror", None) or str(error), full)
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(job.part)
-    return Made(
-        job.path, facts.st_size, facts.st_mtime_ns, size, count, width, height, said[0], said[1]
-    )
+    with open_video(job.source) as reader:
+        count = max(1, len(reader) - 1)
+        error, beyond = write(reader, job)
+    with FlowReader(job.part) as made:
+        if len(made) != count:
+            raise DecodeError(job.source, f"its file of flow has {len(made)} fields, not {count}")
+        return count, made.width, made.height, error, beyond
 
 
 def write(reader: VideoReader, job: Job) -> tuple[float, float]:

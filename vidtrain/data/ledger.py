@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vidtrain.data import crew
 from vidtrain.data.crew import Lost
-from vidtrain.types import UserError
+from vidtrain.data.encode import FULL, LIBAV_ERRORS
+from vidtrain.types import DecodeError, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,15 @@ class Failed(NamedTuple):
     path: str  # what the ledger calls it
     reason: str
     full: bool = False  # for want of space
+
+
+class Put(NamedTuple):
+    """A file that was made and is in its place."""
+
+    size: int  # bytes of its source ...
+    mtime_ns: int  # ... and its time, before it was read
+    bytes: int
+    facts: Any  # what its maker says of it
 
 
 def check_output(root: str, output: Path, paths: Sequence[str], ledger: str, key: str) -> None:
@@ -123,11 +133,37 @@ class Ledger:
         self.file.flush()
 
 
+def put(job: Any, write: Callable[[], Any]) -> Put | Failed:
+    """Make one file, in a worker: under another name until it is whole and on the disk.
+
+    Args:
+        job: `source`, the file that is read; `part`, what `write` writes; `target`, what it is then
+            called; and `path`, what the ledger calls it.
+        write: gives the facts of it.
+    """
+    try:
+        source = os.stat(job.source)  # before reading: a change on the way makes it anew next time
+        facts = write()
+        with open(job.part, "rb") as file:
+            os.fsync(file.fileno())
+            size = os.fstat(file.fileno()).st_size
+        os.makedirs(os.path.dirname(job.target), exist_ok=True)
+        os.replace(job.part, job.target)
+    except DecodeError as error:
+        return Failed(job.path, error.reason)
+    except LIBAV_ERRORS as error:
+        full = getattr(error, "errno", None) in FULL
+        return Failed(job.path, getattr(error, "strerror", None) or str(error), full)
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(job.part)
+    return Put(source.st_size, source.st_mtime_ns, size, facts)
+
+
 def work(
     function: Callable[[Any], Any],
     jobs: Sequence[Callable[..., Any]],
     ledger: Ledger,
-    full: int,
     workers: int,
     time_limit: float | None,
     progress: Callable[[int], None],
@@ -140,7 +176,6 @@ def work(
         jobs: called with `part`, the name that the file has until it is whole, each gives what
             `function` is called with: a NamedTuple with `path`.
         ledger: of the folder, entered.
-        full: the error number to raise when there is no more space.
         workers: processes; 0: one for each core.
         time_limit: seconds that one may take.
         progress: told how many are done.
@@ -162,7 +197,7 @@ def work(
             made[result.path] = result
             ledger.add(result)
         elif result.full:
-            raise OSError(full, os.strerror(full))
+            raise OSError(FULL[0], os.strerror(FULL[0]))
         else:
             failed.append(result)
         progress(len(made) + len(failed))
@@ -177,12 +212,12 @@ def work(
 
 
 @contextlib.contextmanager
-def writing(output: Path, full: tuple[int, ...], key: str) -> Iterator[None]:
+def writing(output: Path, key: str) -> Iterator[None]:
     """Turn what the output's disk says into words for the user."""
     try:
         yield
     except OSError as error:
-        room = "; make room, and the same command goes on" if error.errno in full else ""
+        room = "; make room, and the same command goes on" if error.errno in FULL else ""
         raise UserError(f"{key}={output} cannot be written: {error.strerror}{room}") from None
 
 

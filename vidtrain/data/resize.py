@@ -7,7 +7,6 @@ that was stopped goes on. A video that is there under its name is whole.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import time
@@ -19,8 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from vidtrain.data.decode import open_video
-from vidtrain.data.encode import FULL, LIBAV_ERRORS, PRESETS, TUNES, Settings, encode
-from vidtrain.data.ledger import Failed, Ledger, check_output, work, writing
+from vidtrain.data.encode import PRESETS, TUNES, Settings, encode
+from vidtrain.data.ledger import Failed, Ledger, check_output, put, work, writing
 from vidtrain.types import Clip, DecodeError, UserError
 
 if TYPE_CHECKING:
@@ -103,7 +102,7 @@ def resize(
     wanted = paths
     if split is not None:
         wanted = list(dict.fromkeys(manifest.row(n).path for n in manifest.split(split).tolist()))
-    with writing(output, FULL, "output"), ledger_of(output, settings) as ledger:
+    with writing(output, "output"), ledger_of(output, settings) as ledger:
         videos = {
             path: there
             for path in paths
@@ -124,7 +123,7 @@ def resize(
         def tell(done: int) -> None:
             progress(len(wanted) - len(todo) + done, len(wanted))
 
-        made, failed = work(make, jobs, ledger, FULL[0], workers, time_limit, tell, "the codec")
+        made, failed = work(make, jobs, ledger, workers, time_limit, tell, "the codec")
         videos |= made
         if not videos:
             path, reason, _ = failed[0]
@@ -181,24 +180,12 @@ def target_names(root: str, paths: Iterable[str]) -> dict[str, str]:
 
 
 def make(job: Job) -> Made | Failed:
-    """Write one video, in a worker: under another name until it is whole and on the disk."""
-    try:
-        facts = os.stat(job.source)  # before reading: a change on the way makes it anew next time
-        encoded = encode(job.source, job.part, job.settings)
-        with open(job.part, "rb") as file:
-            os.fsync(file.fileno())
-            size = os.fstat(file.fileno()).st_size
-        os.makedirs(os.path.dirname(job.target), exist_ok=True)
-        os.replace(job.part, job.target)
-    except DecodeError as error:
-        return Failed(job.path, error.reason)
-    except LIBAV_ERRORS as error:
-        full = getattr(error, "errno", None) in FULL
-        return Failed(job.path, getattr(error, "strerror", None) or str(error), full)
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(job.part)
-    return Made(job.path, facts.st_size, facts.st_mtime_ns, size, encoded.frames, encoded.sound)
+    """Write one video, in a worker."""
+    done = put(job, lambda: encode(job.source, job.part, job.settings))
+    if isinstance(done, Failed):
+        return done
+    frames, sound = done.facts.frames, done.facts.sound
+    return Made(job.path, done.size, done.mtime_ns, done.bytes, frames, sound)
 
 
 def cpu_per_clip(

@@ -136,3 +136,32 @@ class Stage(nn.Sequential):
             if number in after:
                 self.add_module(f"after{number}", after[number])
             dim_in, stride = dim_out, 1
+
+
+class Head(nn.Module):
+    """Dropout and one linear layer.
+
+    Args:
+        dim: Channels that come in.
+        num_classes: K; 0 for no linear layer.
+        dropout: Before it.
+    """
+
+    def __init__(self, dim: int, num_classes: int, dropout: float) -> None:
+        super().__init__()
+        self.dim = dim
+        self.dropout = nn.Dropout(dropout)
+        self.reset(num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D) -> (B, K)."""
+        return self.proj(self.dropout(x))
+
+    def reset(self, num_classes: int) -> None:
+        """Replace the linear layer; 0 takes it away."""
+        self.proj: nn.Module = nn.Identity()
+        if num_classes:
+            linear = nn.Linear(self.dim, num_classes)
+            nn.init.normal_(linear.weight, std=0.01)
+            nn.init.zeros_(linear.bias)
+            self.proj = linear

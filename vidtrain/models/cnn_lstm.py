@@ -9,9 +9,11 @@ https://arxiv.org/abs/1411.4389
     classifier  of every step (the paper): (B, t, K), or of the last one: (B, K)
 
 The backbone is a 2D network of torchvision by name (or `small`, for small frames and CPUs), of which a
-step gets the mean of the last map (of alexnet and the vggs: fc6 with its ReLU, as in the paper), or with
-`backbone3d` any of our 3D networks (Baccouche et al. 2011 were the first). Or there is none: with `features=D` the network takes
-what `vidtrain extract` has written of a frozen one, (B, D, T).
+step gets, of alexnet and the vggs, fc6 with its ReLU, as in the paper, and of others the mean of the last
+map. That mean does not say where things are, so that what moves as a whole looks the same at every
+step: `fc6=256` puts a fully connected layer in its place, which sees the whole map, for one frame size.
+With `backbone3d` it is any of our 3D networks (Baccouche et al. 2011 were the first). Or there is none:
+with `features=D` the network takes what `vidtrain extract` has written of a frozen one, (B, D, T).
 
 `answers="every"` trains each step; `score="last"` then tests with the last one's softmax alone, as
 Carreira and Zisserman (CVPR 2017) did, in place of the mean over the steps. `answers="last"` trains
@@ -30,6 +32,7 @@ asserts.
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -37,7 +40,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vidtrain.layers.frames import fold_time, unfold_time
-from vidtrain.layers.image import image_net, run_stages
+from vidtrain.layers.image import image_net, run_stages, stage_shapes
 from vidtrain.layers.recurrent import LSTM, State
 from vidtrain.types import UserError
 
@@ -45,9 +48,9 @@ CHANNELS = {"video": 3, "flow": 2}
 
 
 class _Frames(nn.Module):
-    """An image network on each frame: fc6 where it has one, else its last map."""
+    """An image network on each frame: fc6 where it has one or is given one, else its last map."""
 
-    def __init__(self, name: str, size: int, in_channels: int) -> None:
+    def __init__(self, name: str, size: int, in_channels: int, fc6: int | None) -> None:
         super().__init__()
         plain = name == "alexnet" or name.startswith("vgg")
         self.image: Any = image_net(name, 0 if plain else None, size, in_channels)
@@ -58,9 +61,24 @@ class _Frames(nn.Module):
             self.image.net.classifier = layers[first : first + 2]
             self.num_features = layers[first].out_features
         self.has_fc6 = plain
+        self.fc6: nn.Sequential | None = None
+        if fc6 is not None:
+            if plain:
+                raise UserError(f"model.fc6 is {fc6}, but {name} has its own; leave it out")
+            if fc6 < 1:
+                raise UserError(f"model.fc6 is {fc6}; it must be at least 1, or null")
+            self.size = size
+            places = math.prod(stage_shapes(self.image, size, in_channels)[-1][1:])
+            self.fc6 = nn.Sequential(nn.Flatten(), nn.Linear(places, fc6), nn.ReLU())
+            self.num_features = fc6
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, D, T, h, w), of fc6 h = w = 1."""
+        if self.fc6 is not None and x.shape[3:] != (self.size, self.size):
+            raise UserError(
+                f"the model was built for frames of {self.size} pixels and got"
+                f" {x.shape[3]} x {x.shape[4]}: model.fc6 takes one size"
+            )
         frames = run_stages(self.image, fold_time(x))
         if self.has_fc6:
             maps = self.image.net.classifier(self.image.net.avgpool(frames).flatten(1))[
@@ -68,6 +86,8 @@ class _Frames(nn.Module):
             ]
         else:
             maps = self.image.to_map(frames)
+            if self.fc6 is not None:
+                maps = self.fc6(maps)[..., None, None]
         return unfold_time(maps, x.shape[2])
 
 
@@ -233,6 +253,7 @@ def cnn_lstm(
     backbone3d: nn.Module | None = None,
     segments: int = 1,
     features: int | None = None,
+    fc6: int | None = None,
     modality: str = "video",
     hidden: int = 256,
     layers: int = 1,
@@ -251,6 +272,8 @@ def cnn_lstm(
         backbone3d: A 3D network in its place.
         segments: Into how many equal parts a clip is cut, which go through it one by one.
         features: D, to train on extracted features instead; there is no backbone then.
+        fc6: Width of a fully connected layer on each frame's last map, for 2D networks without one;
+            None for the map's mean.
         modality: video or flow.
         hidden: See `CNNLSTM`, as the rest.
         layers: Of the LSTM.
@@ -264,12 +287,14 @@ def cnn_lstm(
     """
     net: nn.Module | None = None
     inputs: tuple[str, ...] = ("features",)
+    if fc6 is not None and (features is not None or backbone3d is not None):
+        raise UserError(f"model.fc6 is {fc6}, but only a 2D backbone takes one; leave it out")
     if features is None:
         if modality not in CHANNELS:
             raise UserError(f"model.modality is '{modality}'; it is video or flow")
         inputs = (modality,)
         if backbone3d is None:
-            net = _Frames(backbone, size, CHANNELS[modality])
+            net = _Frames(backbone, size, CHANNELS[modality], fc6)
         else:
             if segments < 1 or num_frames % segments:
                 raise UserError(

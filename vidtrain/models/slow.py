@@ -31,12 +31,11 @@ blocks 36.535, slow 20.871 (4 frames) and 41.741 G (8), as tests/models/test_slo
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from vidtrain.layers.bottleneck import Stage, Stem, stage_depths
+from vidtrain.layers.bottleneck import Head, Stage, Stem, stage_depths
 from vidtrain.layers.non_local import non_local_blocks
 from vidtrain.types import UserError
 
@@ -100,8 +99,7 @@ class ResNet3d(nn.Module):
             self.add_module(f"res{stage + 2}", module)
             dim = out
         self.num_features = dim
-        self.head = nn.Sequential(OrderedDict(dropout=nn.Dropout(dropout), proj=nn.Identity()))
-        self.reset_classifier(num_classes)
+        self.head = Head(self.num_features, num_classes, dropout)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> (B, D, t, h, w): T or half of it, H / 32, W / 32."""
@@ -116,11 +114,7 @@ class ResNet3d(nn.Module):
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the linear layer; 0 takes it away."""
-        self.head.proj = nn.Identity()
-        if num_classes:
-            self.head.proj = nn.Linear(self.num_features, num_classes)
-            nn.init.normal_(self.head.proj.weight, std=0.01)
-            nn.init.zeros_(self.head.proj.bias)
+        self.head.reset(num_classes)
 
 
 def c2d_r50_8x8(

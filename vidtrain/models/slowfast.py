@@ -40,14 +40,13 @@ asserts: R50 4 x 16 34,480,216, 27.639 and 36.099 G; R50 8 x 8 34,566,488, 50.30
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vidtrain.layers.bottleneck import Stage, Stem, conv_of, stage_depths
+from vidtrain.layers.bottleneck import Head, Stage, Stem, conv_of, stage_depths
 from vidtrain.layers.non_local import non_local_blocks
 from vidtrain.types import UserError
 
@@ -183,8 +182,7 @@ class SlowFast(nn.Module):
         dims = [fast, *(4 * fast << stage for stage in range(3))]
         self.lateral = nn.ModuleList(Lateral(dim, lateral_kernel, alpha) for dim in dims)
         self.num_features = self.slow.num_features + self.fast.num_features
-        self.head = nn.Sequential(OrderedDict(dropout=nn.Dropout(dropout), proj=nn.Identity()))
-        self.reset_classifier(num_classes)
+        self.head = Head(self.num_features, num_classes, dropout)
 
     def pick_slow(self, x: Tensor) -> Tensor:
         """Pick the slow pathway's frames: (B, C, T, H, W) -> (B, C, T / alpha, H, W).
@@ -230,11 +228,7 @@ class SlowFast(nn.Module):
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the linear layer; 0 takes it away."""
-        self.head.proj = nn.Identity()
-        if num_classes:
-            self.head.proj = nn.Linear(self.num_features, num_classes)
-            nn.init.normal_(self.head.proj.weight, std=0.01)
-            nn.init.zeros_(self.head.proj.bias)
+        self.head.reset(num_classes)
 
 
 def slowfast_r50_4x16(

@@ -293,7 +293,9 @@ def _sort(
         elif not key.endswith(COUNTER):
             lost.append(key)
     kind = f"{part.title} ({part.layout.name}) does not fit {type(module).__name__}"
-    hint = "; is it the right model? (model.weights_from= names another layout)"
+    hint = "; is it the right model?"
+    if part.layout is not own.LAYOUT:
+        hint += " (model.weights_from= names another layout)"
     if wrong:
         raise UserError(f"{kind}: {wrong[0]}{_more(len(wrong) - 1)}{hint}")
     if lost:
