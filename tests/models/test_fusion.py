@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torchvision
+from nets import shake_norms
 from torch import nn
 
 from vidtrain.layers.conv import FoldedConv3d
@@ -23,14 +24,7 @@ def build(name, num_classes=7, num_frames=8, size=32, backbone="small"):
 def ready(name, **kwargs):
     """In eval mode, with batch norms that have seen data."""
     torch.manual_seed(0)
-    net = build(name, **kwargs).eval()
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, 0, 0.1)
-    return net
+    return shake_norms(build(name, **kwargs))
 
 
 @pytest.fixture

@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from nets import shake_norms
+from torch import Tensor
 
 from vidtrain.models.i3d import i3d, i3d_flow, i3d_two_stream
 from vidtrain.trace.table import layer_table
@@ -25,16 +26,6 @@ UNITS = ["Conv3d_1a_7x7", "Conv3d_2b_1x1", "Conv3d_2c_3x3"] + [
     for branch in ("b0", "b1a", "b1b", "b2a", "b2b", "b3b")
 ]
 NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-
-
-def shake(net: nn.Module) -> None:
-    """Give batch norms statistics and affine parameters that hide nothing."""
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm3d):
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.2, 0.5)  # so that the signal lives through 20 layers
-            module.weight.data.uniform_(0.5, 1.5)
-            module.bias.data.normal_(0, 0.1)
 
 
 class ByHand:
@@ -87,7 +78,7 @@ class ByHand:
 def test_logits_are_those_by_hand(shape):
     torch.manual_seed(0)
     net = i3d(7).eval()
-    shake(net)
+    shake_norms(net, variance=(0.2, 0.5))
     clip = torch.randn(1, 3, *shape)
     with torch.no_grad():
         steps = ByHand(net.state_dict()).steps(clip)
@@ -100,7 +91,7 @@ def test_logits_are_those_by_hand(shape):
 def test_logits_are_averaged_over_time():
     torch.manual_seed(0)
     net = i3d_flow(5).eval()
-    shake(net)
+    shake_norms(net, variance=(0.2, 0.5))
     with torch.no_grad():
         clip = torch.rand(1, 2, 40, 32, 32) * 2 - 1
         steps = net.step_logits(clip)
@@ -166,7 +157,7 @@ def test_any_clip_will_do():
 def test_two_streams_are_summed():
     torch.manual_seed(0)
     net = i3d_two_stream(9).eval()
-    shake(net)
+    shake_norms(net, variance=(0.2, 0.5))
     video, flow = torch.randn(3, 3, 9, 32, 32), torch.rand(3, 2, 9, 32, 32) * 2 - 1
     rgb_alone, flow_alone = i3d(9).eval(), i3d_flow(9).eval()
     rgb_alone.load_state_dict(net.rgb.state_dict())

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from nets import counts, shake_norms
 from torch import nn
 
 from vidtrain.layers.same import same_padding
@@ -28,23 +29,12 @@ def meta(name: str, **kwargs) -> nn.Module:
         return getattr(movinet, f"movinet_{name}")(600, **kwargs).eval()
 
 
-def counts(net: nn.Module, frames: int, size: int) -> tuple[int, float]:
-    layers = layer_table(net, (3, frames, size, size))
-    return sum(layer.params for layer in layers), sum(layer.macs for layer in layers) / 1e9
-
-
 def shake(net: nn.Module, gates: float = 0.5) -> nn.Module:
     """Give norms statistics and scales that hide nothing, and open the gates."""
-    generator = torch.Generator().manual_seed(1)
     for module in net.modules():
-        if isinstance(module, nn.BatchNorm3d):
-            module.running_mean.normal_(0, 0.1, generator=generator)
-            module.running_var.uniform_(0.5, 1.5, generator=generator)
-            module.weight.data.uniform_(0.5, 1.5, generator=generator)
-            module.bias.data.normal_(0, 0.1, generator=generator)
-        elif isinstance(getattr(module, "alpha", None), nn.Parameter):
-            module.alpha.data.uniform_(gates / 2, gates, generator=generator)
-    return net.eval()
+        if isinstance(getattr(module, "alpha", None), nn.Parameter):
+            nn.init.uniform_(module.alpha, gates / 2, gates)
+    return shake_norms(net)
 
 
 def make(name: str, num_classes: int = 7, **kwargs) -> nn.Module:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torchvision.models.video as tv
+from nets import shake_norms
 from torch import nn
 
 from vidtrain.models import resnet3d
@@ -13,22 +14,11 @@ CLIP = (3, 16, 112, 112)
 NAMES = ["r3d_18", "mc3_18", "r2plus1d_18"]
 
 
-def shake(net: nn.Module) -> None:
-    """Give batch norms statistics and affine parameters that hide nothing."""
-    generator = torch.Generator().manual_seed(1)
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm3d):
-            module.running_mean.normal_(0, 0.1, generator=generator)
-            module.running_var.uniform_(0.5, 1.5, generator=generator)
-            module.weight.data.uniform_(0.5, 1.5, generator=generator)
-            module.bias.data.normal_(0, 0.1, generator=generator)
-
-
 def pair(name: str, num_classes: int = 11) -> tuple[nn.Module, nn.Module]:
     """Make torchvision's network and ours with its weights."""
     torch.manual_seed(0)
     theirs = getattr(tv, name)(num_classes=num_classes)
-    shake(theirs)
+    shake_norms(theirs)
     ours = getattr(resnet3d, name)(num_classes)
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours

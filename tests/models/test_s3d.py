@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torchvision.models.video as tv
+from nets import shake_norms
 from torch import nn
 
 from vidtrain.models.s3d import s3d
@@ -20,12 +21,7 @@ def pair(dropout: float = 0.2) -> tuple[nn.Module, nn.Module]:
     """Make torchvision's network, with norms that hide nothing, and ours with its weights."""
     torch.manual_seed(0)
     theirs = tv.s3d(num_classes=11, dropout=dropout)
-    for module in theirs.modules():
-        if isinstance(module, nn.BatchNorm3d):
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.05, 0.15)  # so that the signal lives through 20 layers
-            module.weight.data.uniform_(0.5, 1.5)
-            module.bias.data.normal_(0, 0.1)
+    shake_norms(theirs, variance=(0.05, 0.15)).train()
     ours = s3d(11, dropout=dropout)
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours

@@ -5,31 +5,13 @@ import re
 import pytest
 import torch
 import torchvision
+from nets import counts, shake_norms
 from torch import nn
 
 from vidtrain.models import slow
 from vidtrain.models.slow import C2D, I3D, SLOW, ResNet3d
 from vidtrain.trace.table import layer_table
 from vidtrain.types import UserError
-
-
-def counts(net: nn.Module, frames: int, size: int) -> tuple[int, float]:
-    layers = layer_table(net, (3, frames, size, size))
-    return sum(layer.params for layer in layers), sum(layer.macs for layer in layers) / 1e9
-
-
-def randomise(net: nn.Module, seed: int = 0) -> nn.Module:
-    """Give norms statistics and affine parameters of a trained net's kind; open all gates."""
-    torch.manual_seed(seed)
-    for name, module in net.named_modules():
-        if isinstance(module, nn.BatchNorm3d):
-            # What is added to a shortcut stays small, or logits would grow too large to compare.
-            low, high = (0.1, 0.5) if name.endswith("norm_c") else (0.5, 1.5)
-            nn.init.uniform_(module.weight, low, high)
-            nn.init.normal_(module.bias, std=0.1)
-            nn.init.normal_(module.running_mean, std=0.1)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-    return net.eval()
 
 
 @pytest.mark.parametrize(
@@ -113,7 +95,7 @@ def to_torchvision(key: str) -> str:
 
 
 def test_c2d_on_a_still_is_the_2d_network():
-    net = randomise(slow.c2d_r50_8x8(10))
+    net = shake_norms(slow.c2d_r50_8x8(10), last="norm_c")
     flat = torchvision.models.resnet50(num_classes=10).eval()
     wanted = flat.state_dict()
     state = {to_torchvision(key): tensor for key, tensor in net.state_dict().items()}
@@ -141,7 +123,7 @@ def test_what_each_sees_of_the_order_of_frames():
         "slow_r50_4x16": (True, True),
     }
     for name, (of_pairs, backwards) in orders.items():
-        net = randomise(getattr(slow, name)(5, width=8))
+        net = shake_norms(getattr(slow, name)(5, width=8), last="norm_c")
         with torch.no_grad():
             logits = net(clip)
             assert torch.allclose(net(pairs), logits, atol=1e-4) != of_pairs, name
@@ -182,7 +164,7 @@ def test_first_weights_of_the_classifier():
 def test_any_clip(frames, height, width):
     clip = torch.randn(1, 3, frames, height, width)
     for name in ("i3d_r50_nl_8x8", "slow_r50_8x8"):
-        net = randomise(getattr(slow, name)(5, width=8))
+        net = shake_norms(getattr(slow, name)(5, width=8), last="norm_c")
         with torch.no_grad():
             logits = net(clip)
             features = net.forward_features(clip)
@@ -228,7 +210,7 @@ def from_pytorchvideo(key: str, pooled: bool) -> str:
 )
 def test_same_logits_as_pytorchvideo(name, theirs, frames):
     hub = pytest.importorskip("pytorchvideo.models.hub")
-    other = randomise(getattr(hub, theirs)(pretrained=False))
+    other = shake_norms(getattr(hub, theirs)(pretrained=False), last="norm_c")
     if frames == 4:
         other.blocks[-1].pool = nn.AvgPool3d((4, 7, 7), stride=1)
     net = getattr(slow, name)(400).eval()

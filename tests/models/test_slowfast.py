@@ -4,17 +4,13 @@ import re
 
 import pytest
 import torch
+from nets import counts, shake_norms
 from torch import nn
 
 from vidtrain.models import slowfast
 from vidtrain.models.slowfast import NL_R50, SlowFast
 from vidtrain.trace.table import layer_table
 from vidtrain.types import UserError
-
-
-def counts(net: nn.Module, frames: int, size: int) -> tuple[int, float]:
-    layers = layer_table(net, (3, frames, size, size))
-    return sum(layer.params for layer in layers), sum(layer.macs for layer in layers) / 1e9
 
 
 def size_of(net: nn.Module) -> int:
@@ -24,20 +20,6 @@ def size_of(net: nn.Module) -> int:
 def on_meta(name: str, **kwargs) -> SlowFast:
     with torch.device("meta"):
         return getattr(slowfast, name)(400, **kwargs)
-
-
-def randomise(net: nn.Module, seed: int = 0) -> nn.Module:
-    """Give norms statistics and affine parameters of a trained net's kind; open all gates."""
-    torch.manual_seed(seed)
-    for name, module in net.named_modules():
-        if isinstance(module, nn.BatchNorm3d):
-            # What is added to a shortcut stays small, or logits would grow too large to compare.
-            low, high = (0.1, 0.5) if name.endswith("norm_c") else (0.5, 1.5)
-            nn.init.uniform_(module.weight, low, high)
-            nn.init.normal_(module.bias, std=0.1)
-            nn.init.normal_(module.running_mean, std=0.1)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-    return net.eval()
 
 
 @pytest.mark.parametrize(
@@ -95,7 +77,7 @@ def test_non_local_blocks_begin_as_nothing():
     clip = torch.randn(1, 3, 8, 64, 64)
     with torch.no_grad():
         assert torch.equal(net.eval()(clip), plain.eval()(clip))
-        randomise(net)
+        shake_norms(net, last="norm_c")
         plain.load_state_dict(net.state_dict(), strict=False)
         assert not torch.allclose(net(clip), plain(clip), atol=1e-3)
 
@@ -162,7 +144,7 @@ def test_frames_of_the_slow_pathway():
 
 
 def test_both_pathways_are_live():
-    net = randomise(slowfast.slowfast_r50_8x8(5, width=16))
+    net = shake_norms(slowfast.slowfast_r50_8x8(5, width=16), last="norm_c")
     clip = torch.randn(1, 3, 16, 32, 32)
     slow_frames = net.pick_slow(torch.arange(16).view(1, 1, -1, 1, 1)).flatten().tolist()
     seen = {}
@@ -185,7 +167,7 @@ def test_both_pathways_are_live():
 
 
 def test_map_of_both_pathways():
-    net = randomise(slowfast.slowfast_r50_4x16(5, width=16))
+    net = shake_norms(slowfast.slowfast_r50_4x16(5, width=16), last="norm_c")
     clip = torch.randn(2, 3, 16, 64, 96)
     with torch.no_grad():
         features, (slow, fast) = net.forward_features(clip), net.pathways(clip)
@@ -198,7 +180,7 @@ def test_map_of_both_pathways():
 
 @pytest.mark.parametrize(("frames", "size"), [(4, 32), (16, 33), (32, 48)])
 def test_any_clip(frames, size):
-    net = randomise(slowfast.slowfast_r50_8x8(5, width=16, non_local="gaussian"))
+    net = shake_norms(slowfast.slowfast_r50_8x8(5, width=16, non_local="gaussian"), last="norm_c")
     with torch.no_grad():
         logits = net(torch.randn(1, 3, frames, size, size))
     assert logits.shape == (1, 5) and logits.isfinite().all()
@@ -258,7 +240,7 @@ def test_same_logits_as_pytorchvideo(name, kwargs, theirs, alpha):
             slowfast_fusion_conv_stride=(8, 1, 1),
             head_pool_kernel_sizes=((slow, 7, 7), (fast, 7, 7)),
         )
-    randomise(other)
+    shake_norms(other, last="norm_c")
     # The window of training, at a size that a CPU can bear: 64 pixels are 2 x 2 at the end.
     other.blocks[5].pool = nn.ModuleList(
         nn.AvgPool3d((frames, 2, 2), stride=1) for frames in (slow, fast)

@@ -4,6 +4,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from nets import counts, shake_norms
 from torch import nn
 
 from vidtrain.models import x3d
@@ -25,11 +26,6 @@ AXES = {  # a factor's name, that of its step, and what it changes
 def build(name: str, num_classes: int = 400, **kwargs) -> nn.Module:
     with torch.device("meta"):
         return getattr(x3d, name)(num_classes, **kwargs)
-
-
-def counts(net: nn.Module, frames: int, size: int) -> tuple[int, float]:
-    layers = layer_table(net, (3, frames, size, size))
-    return sum(layer.params for layer in layers), sum(layer.macs for layer in layers) / 1e9
 
 
 def sizes(expansion: Expansion) -> dict[str, object]:
@@ -185,17 +181,6 @@ def test_bad_factors_are_named():
 # Against PyTorchVideo 0.1.5.
 
 
-def shake(net: nn.Module) -> None:
-    """Give norms statistics and scales that hide nothing."""
-    generator = torch.Generator().manual_seed(1)
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm3d):
-            module.running_mean.normal_(0, 0.1, generator=generator)
-            module.running_var.uniform_(0.5, 1.5, generator=generator)
-            module.weight.data.uniform_(0.5, 1.5, generator=generator)
-            module.bias.data.normal_(0, 0.1, generator=generator)
-
-
 def from_pytorchvideo(key: str) -> str:
     """Name one of PyTorchVideo's tensors as ours is named."""
     head = {"blocks.0.conv.conv_t.": "stem.conv.", "blocks.0.conv.conv_xy.": "stem.conv_t."}
@@ -231,7 +216,7 @@ def test_same_logits_as_pytorchvideo(name):
     factors["x3d_xl"] = {"depth_factor": 5.0, "width_factor": 2.9}
     torch.manual_seed(0)
     theirs = create_x3d(**clip, **factors.get(name, {}), head_activation=None).eval()
-    shake(theirs)
+    shake_norms(theirs)
     ours = getattr(x3d, name)(400).eval()
     own = ours.state_dict()
     state = {from_pytorchvideo(key): value for key, value in theirs.state_dict().items()}
