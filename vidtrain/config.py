@@ -6,6 +6,7 @@ going over ours, and one line that names the nearest right word when a word is w
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import re
@@ -279,6 +280,11 @@ def _task(verb: str, start: list[str]) -> Callable[[DictConfig], Any]:
         from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
         sys.argv = [*start, *task_overrides()]
+
+        def refuse(error: UserError) -> None:
+            forget_empty_run()
+            fail(verb, error)
+
         try:
             if not isinstance(cfg.seed, int) or cfg.seed < 0:
                 raise UserError(f"seed is {cfg.seed!r}; it must be a whole number from 0")
@@ -287,12 +293,13 @@ def _task(verb: str, start: list[str]) -> Callable[[DictConfig], Any]:
                     raise UserError(f"{key} is not set; add {key}=...")
             code = import_module(f"vidtrain.commands.{verb}").main(cfg)
         except UserError as error:
-            fail(verb, error)
+            refuse(error)
         except MissingMandatoryValue as error:
-            fail(verb, UserError(f"{error.full_key} is not set; add {error.full_key}=..."))
+            refuse(UserError(f"{error.full_key} is not set; add {error.full_key}=..."))
         except OmegaConfBaseException as error:
-            fail(verb, UserError(one_line(error)))
+            refuse(UserError(one_line(error)))
         except KeyboardInterrupt:
+            forget_empty_run()
             print(f"\nvidtrain {verb}: interrupted", file=sys.stderr)
             sys.exit(130)
         if isinstance(code, int) and not isinstance(code, bool) and code:
@@ -300,6 +307,16 @@ def _task(verb: str, start: list[str]) -> Callable[[DictConfig], Any]:
         return code
 
     return task
+
+
+def forget_empty_run() -> None:
+    """Remove the folder that Hydra made for this job, and those above it, as far as they are empty."""
+    here = Path.cwd()
+    folder = output_dir().absolute()
+    with contextlib.suppress(OSError):
+        while here in folder.parents:  # never one that the user stands in
+            folder.rmdir()
+            folder = folder.parent
 
 
 def fail(verb: str, error: UserError) -> None:

@@ -14,6 +14,7 @@ import torch
 from make_video import write_video
 
 from vidtrain import build
+from vidtrain.commands import extract
 from vidtrain.commands.extract import in_order, to_array
 from vidtrain.data.decode import open_video
 from vidtrain.models.cnn_lstm import cnn_lstm
@@ -162,6 +163,23 @@ def test_a_run_that_was_stopped_goes_on(vidtrain, folder, tmp_path):
     assert result.code == 0 and "2 of which were there" in result.out
     assert table(out)[0]["frames"] == "30"
     assert not list(out.glob(".vidtrain-parts/*"))
+
+
+def test_ctrl_c_says_that_what_is_done_stays(vidtrain, folder, tmp_path, monkeypatch):
+    find = extract.extracted
+
+    def interrupted(*args):
+        yield next(find(*args))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(extract, "extracted", interrupted)
+    words = ["extract", *SMALL, f"input={folder}", "output=out"]
+    stopped = vidtrain(*words)
+    assert stopped.code == 130 and "what is done stays" in stopped.err
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    again = vidtrain(*words)
+    assert again.code == 0 and "3 of 3 videos in out, 1 of which were there" in again.out
 
 
 def test_features_of_other_settings_are_not_mixed(vidtrain, folder, tmp_path):

@@ -84,6 +84,17 @@ def test_bad_settings_are_one_line(vidtrain, videos, tmp_path):
         assert len(result.err.strip().splitlines()) == 1
 
 
+def test_training_without_its_flow_leaves_no_run_behind(vidtrain, videos, tmp_path):
+    words = ["data=folder", f"data.root={videos}", *NET, *FAST]
+    for wrong, message in (
+        (["data.flow=stored", "data.flow_root=gone"], "there is no flow in gone"),
+        (["data.flow=raft", "data.flow_weights=gone.pth"], "data.flow_weights=gone.pth"),
+    ):
+        result = vidtrain("train", *words, *wrong)
+        assert result.code == 2 and message in result.err, result.err
+        assert not (tmp_path / "runs").exists()
+
+
 def test_flow_is_shown_below_its_clip(vidtrain, videos, tmp_path, in_this_process):
     words = ["data=folder", f"data.root={videos}", f"data.flow_root={tmp_path}/f", "augment=none"]
     result = vidtrain("data", "action=flow", *words, "data.workers=1")

@@ -110,6 +110,8 @@ def test_test_and_predict_need_nothing_but_the_checkpoint(
     )
     assert result.code == 0, result.err
     assert json.loads((tmp_path / "val" / "report.json").read_text())["protocol"]["clips"] == 1
+    refused = vidtrain("test", f"ckpt={run}", "model.size=64", "trainer=cpu")
+    assert refused.code == 2 and "model= cannot be changed in a test" in refused.err
 
     mixed = tmp_path / "my videos (1)"
     mixed.mkdir()

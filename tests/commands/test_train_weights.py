@@ -155,8 +155,12 @@ def test_other_colours_than_the_weights_are_an_error_when_the_user_wants_them(fa
 
 def test_mistakes_are_one_line_before_the_data_are_read(fails, tmp_path, monkeypatch):
     root = f"data.root={tmp_path / 'nothing'}"
-    assert "is no file, and no weights of late_fusion_pool" in fails(
+    assert "is no file, and late_fusion_pool has no weights by name" in fails(
         *SMALL, "model.weights=w.pth", root
+    )
+    assert "model.weights= is empty" in fails(*SMALL, "model.weights=", root)
+    assert "w.pth is no file, and c3d has no weights by name" in fails(
+        "model=c3d", "model.weights=w.pth", root
     )
     assert "has no checksum" in fails(*SMALL, "model.weights=https://example.org/w.pth", root)
     assert "no setting 'model.weight'" in fails(*SMALL, "model.weight=w.pth", root)

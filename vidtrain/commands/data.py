@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -77,11 +76,13 @@ def output_file(cfg: DictConfig, default: str) -> Path:
 
 @contextmanager
 def in_pieces(name: str) -> Iterator[Callable[[int, int], None]]:
-    """Show how far work is that goes on where it was stopped, and say so when it is stopped.
+    """Show how far work is that can be stopped and goes on then.
 
     Yields:
         What is told how many pieces are done, of how many.
     """
+    from vidtrain.data.ledger import going_on
+
     bar = Progress(console=Console(stderr=True))
     task = bar.add_task(name)
 
@@ -90,14 +91,12 @@ def in_pieces(name: str) -> Iterator[Callable[[int, int], None]]:
             bar.start()
         bar.update(task, completed=done, total=total)
 
-    try:
-        yield tell
-    except KeyboardInterrupt:
-        bar.stop()
-        print("what is done stays; the same command goes on with the rest", file=sys.stderr)
-        raise
-    finally:
-        bar.stop()
+    with going_on():
+        try:
+            yield tell
+        finally:
+            if bar.live.is_started:  # else it would print a line
+                bar.stop()
 
 
 def print_failed(console: Console, failed: Sequence[Any]) -> None:

@@ -32,7 +32,7 @@ from vidtrain.data import sampling
 from vidtrain.data.cache import facts_of
 from vidtrain.data.collate import collate
 from vidtrain.data.dataset import Files, VideoDataset
-from vidtrain.data.ledger import PARTS, Ledger
+from vidtrain.data.ledger import PARTS, Ledger, going_on
 from vidtrain.data.loader import Loader, start_worker
 from vidtrain.data.manifest import Row
 from vidtrain.data.order import EvaluationOrder
@@ -141,6 +141,7 @@ def main(cfg: DictConfig) -> int:
         wanted = whole if split is None else whole.only(split.tolist())
     output = Path(str(cfg.output)).expanduser()
     with (
+        going_on(),
         writing(output) as parts,
         Ledger(
             output, LEDGER, settings(cfg, merged, data, network, every), Made, "extract"

@@ -30,7 +30,7 @@ def main(cfg: DictConfig) -> int | None:
     saved = checkpoint.load(path)
     overrides = config.task_overrides()
     for word in overrides:
-        group = word.partition("=")[0].lstrip("+~")
+        group = word.partition("=")[0].lstrip("+~").partition(".")[0]
         if group in ("model", "task", "experiment"):
             raise UserError(f"{group}= cannot be changed in a test: it comes out of the checkpoint")
     given = [word for word in overrides if word.partition("=")[0] not in OF_TEST]

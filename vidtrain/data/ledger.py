@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 import uuid
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -209,6 +210,16 @@ def work(
             for _ in run:  # `take` has had it: there, as soon as it was ready
                 pass
     return made, failed
+
+
+@contextlib.contextmanager
+def going_on() -> Iterator[None]:
+    """Say, where Ctrl-C ends such work, that it need not be done again."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("what is done stays; the same command goes on with the rest", file=sys.stderr)
+        raise
 
 
 @contextlib.contextmanager

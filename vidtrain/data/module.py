@@ -232,7 +232,7 @@ class VideoDataModule(L.LightningDataModule):
         """Say which batch keys the model takes: what it does not take is not decoded.
 
         Raises:
-            UserError: it takes flow, and `data.flow` does not say where from.
+            UserError: it takes flow, and `data.flow` does not say where from, or there is none there.
         """
         if self.has_features != ("features" in inputs):
             raise UserError(
@@ -245,6 +245,7 @@ class VideoDataModule(L.LightningDataModule):
                 f" it once), or data.flow={'|'.join(METHODS)} to compute it as it goes"
             )
         self.inputs = tuple(inputs)
+        _ = self.flow  # refused here, before a run has its folder
 
     @property
     def flow_root(self) -> Path | None:

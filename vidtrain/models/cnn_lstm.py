@@ -179,10 +179,6 @@ class CNNLSTM(nn.Module):
         score: str,
     ) -> None:
         super().__init__()
-        if answers not in ("last", "every"):
-            raise UserError(f"model.answers is '{answers}'; it is last or every")
-        if score not in ("mean", "last"):
-            raise UserError(f"model.score is '{score}'; it is mean or last")
         self.inputs, self.answers, self.score = inputs, answers, score
         self.backbone = backbone
         self.num_features: int = features if backbone is None else backbone.num_features  # type: ignore
@@ -285,6 +281,10 @@ def cnn_lstm(
     Raises:
         UserError: naming the key that is wrong.
     """
+    if answers not in ("last", "every"):
+        raise UserError(f"model.answers is '{answers}'; it is last or every")
+    if score not in ("mean", "last"):
+        raise UserError(f"model.score is '{score}'; it is mean or last")
     net: nn.Module | None = None
     inputs: tuple[str, ...] = ("features",)
     if fc6 is not None and (features is not None or backbone3d is not None):

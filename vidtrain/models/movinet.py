@@ -52,7 +52,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from vidtrain.layers.flat import FlatConv3d, depthwise_order
+from vidtrain.layers.flat import FlatConv3d, depthwise, depthwise_order
 from vidtrain.layers.same import same_padding
 from vidtrain.layers.squeeze import SqueezeExcitation, round_channels
 from vidtrain.types import UserError
@@ -177,7 +177,9 @@ class SameConv(nn.Conv3d):
         if any(before != behind for before, behind in pads):
             x = F.pad(x, [places for pair in reversed(pads) for places in pair])
             front = [0, 0, 0]
-        return F.conv3d(x, self.weight, None, self.stride, front, groups=self.groups)
+        if self.groups > 1:
+            return depthwise(x, self.weight, self.stride, front)
+        return F.conv3d(x, self.weight, None, self.stride, front)
 
 
 class PointConv(nn.Module):

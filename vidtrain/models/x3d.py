@@ -37,7 +37,7 @@ from dataclasses import dataclass, replace
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vidtrain.layers.flat import FlatConv3d, depthwise_order
+from vidtrain.layers.flat import DepthwiseConv3d, FlatConv3d, depthwise_order
 from vidtrain.layers.squeeze import SqueezeExcitation, round_channels
 from vidtrain.types import UserError
 
@@ -186,7 +186,7 @@ class Block(nn.Module):
         super().__init__()
         self.conv_a = _conv(dim_in, dim_inner)
         self.norm_a = nn.BatchNorm3d(dim_inner)
-        self.conv_b = nn.Conv3d(
+        self.conv_b = DepthwiseConv3d(
             dim_inner, dim_inner, 3, (1, stride, stride), 1, groups=dim_inner, bias=False
         )
         self.norm_b = nn.BatchNorm3d(dim_inner)

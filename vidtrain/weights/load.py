@@ -154,11 +154,12 @@ def _path(
     model = str(node.get("_target_", "this model")).rpartition(".")[2]
     near = get_close_matches(value.lower(), names, n=1)
     if names:
-        have = f"; did you mean '{near[0]}'?" if near else f"; its names: {', '.join(names)}"
+        have = f"no weights of {model}"
+        have += f"; did you mean '{near[0]}'?" if near else f"; its names: {', '.join(names)}"
     else:
-        have = ", which has none by name; give a file, or an address with #sha256=..."
+        have = f"{model} has no weights by name; give a file, or an address with #sha256=..."
     kind = "is a folder" if path.is_dir() else "is no file"
-    raise UserError(f"model.weights={value} {kind}, and no weights of {model}{have}")
+    raise UserError(f"model.weights={value} {kind if value else 'is empty'}, and {have}")
 
 
 def layout_of(file: File) -> Layout:
