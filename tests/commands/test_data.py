@@ -210,6 +210,10 @@ def test_a_packed_set_trains_tests_and_is_checked_from_a_url(vidtrain, tiny_data
         )  # fmt: skip
         assert out.code == 0, out.err
         assert "on 6 of 6 videos" in out.out
+        (page,) = (tmp_path / "runs").glob("*/*/report.html")
+        with page.with_name("predictions.csv").open(newline="") as file:
+            wrong = sum(row["label"] != row["top1"] for row in csv.DictReader(file))
+        assert wrong and page.read_text().count("<img ") == wrong  # three classes, one epoch
         checked = vidtrain("data", "action=check", *data)
         assert checked.code == 0 and "36 of 36 files are sound" in checked.out, checked.out
         assert "64x48 (100%)" in vidtrain("data", "action=stats", *data).out

@@ -238,6 +238,9 @@ def test_a_dataset_with_its_labels_and_splits_then_training_on_it(vidtrain, tiny
     assert result.code == 0, result.err
     report = json.loads(next(tmp_path.glob("runs/*/*/report.json")).read_text())
     assert report["metrics"]["test/top1"] == 1.0  # told apart by their colour
+    assert "2 features x 1, 10 clips\n" in result.out
+    page = next(tmp_path.glob("runs/*/*/report.html")).read_text()
+    assert "A clip is 2 features, consecutive" in page and "pixels" not in page.split("Protocol")[1]
 
     # the features of a trained network, out of its checkpoint
     (ckpt,) = {path.parent for path in tmp_path.glob("runs/*/*/checkpoints/last.ckpt")}

@@ -10,15 +10,19 @@ from typing import Any
 
 from vidtrain.types import UserError
 from vidtrain.visualize.charts import Point
-from vidtrain.visualize.page import Prediction, report_page
+from vidtrain.visualize.page import Opener, Prediction, report_page
 
 
-def write_report(run_dir: Path) -> Path:
+def write_report(run_dir: Path, open_path: Opener | None = None) -> Path:
     """Write `report.html` into a run folder, from the files that lie there.
 
     `report.json` must be there; without `predictions.csv`, `metrics.csv` or `config.yaml` the page
     lacks what they would have told. A test in a folder of its own takes curves and config from the
     run that its checkpoint lies in (`<run>/checkpoints/best.ckpt`).
+
+    Args:
+        run_dir: the folder.
+        open_path: opens the video of a path in `predictions.csv`; None: from its file.
 
     Raises:
         UserError: no `report.json` in the folder, or a file that is not what it should be.
@@ -37,7 +41,8 @@ def write_report(run_dir: Path) -> Path:
     config = next((path for path in configs if path.is_file()), None)
     text = config.read_text(encoding="utf-8", errors="replace") if config else ""
     page = run_dir / "report.html"
-    page.write_text(report_page(report, predictions, curves, text), encoding="utf-8")
+    text = report_page(report, predictions, curves, text, open_path)
+    page.write_text(text, encoding="utf-8")
     return page
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from rich.table import Table
 
 from vidtrain import __version__, build, checkpoint, config
 from vidtrain.loggers import closing
-from vidtrain.types import Failure, UserError
+from vidtrain.types import Failure, UserError, VideoReader
 
 
 def main(cfg: DictConfig) -> int | None:
@@ -189,7 +190,12 @@ def run_test(
     if trainer.is_global_zero:
         write_predictions(run_dir / "predictions.csv", rows, predictions.scores, names)
         write_json(run_dir / "report.json", report)
-        page = write_report(run_dir)
+        by_path = {(row := rows.row(index)).path: row for index in predictions.scores}
+
+        def open_path(path: str) -> AbstractContextManager[VideoReader]:
+            return data.sources.open(rows.location(by_path[path]), by_path[path])
+
+        page = write_report(run_dir, open_path if data.manifest.is_packed else None)
         print_report(console, report)
         console.print(f"report {page}", highlight=False, soft_wrap=True)
     return report
@@ -198,16 +204,17 @@ def run_test(
 def protocol(data: Any, rates: list[float]) -> dict[str, Any]:
     """State how a video was looked at; `fps` is what the model saw, [lowest, highest] of the videos."""
     clip, views = data.clip, data.views
-    size = views["size"] or clip.size
     low, high = round(min(rates), 2), round(max(rates), 2)
+    size = None if data.has_features else views["size"] or clip.size
     return {
+        "contents": data.contents,
         "frames": clip.num_frames,
         "stride": clip.stride,
         "sampling": data.sampling,
         "clips": views["clips"],
         "crops": views["crops"],
         "size": size,
-        "short_side": views["short_side"] or size,
+        "short_side": size and (views["short_side"] or size),
         "region": data.region,
         "span": data.span,
         "fps": low if low == high else [low, high],
@@ -256,9 +263,11 @@ def write_json(path: Path, value: Any) -> None:
 def print_report(console: Console, report: dict[str, Any]) -> None:
     """Print the scores with what they rest on."""
     shape, videos = report["protocol"], report["videos"]
+    is_video = shape["contents"] == "videos"
     console.print(
-        f"{report['model']} on {report['data']}, {report['split']} split: {shape['frames']} frames"
-        f" x {shape['stride']}, {shape['clips']} clips x {shape['crops']} crops of {shape['size']}",
+        f"{report['model']} on {report['data']}, {report['split']} split: {shape['frames']}"
+        f" {'frames' if is_video else 'features'} x {shape['stride']}, {shape['clips']} clips"
+        + (f" x {shape['crops']} crops of {shape['size']}" if is_video else ""),
         highlight=False,
     )
     table = Table()

@@ -36,9 +36,7 @@ class DepthwiseConv3d(nn.Conv3d):
         return depthwise(x, self.weight, self.stride, self.padding)
 
 
-def depthwise(
-    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]
-) -> Tensor:
+def depthwise(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
     """Convolve each channel by itself, with stride 1 in time.
 
     On a GPU, in channels-last memory, frame by frame: cuDNN's kernels for that are many times faster

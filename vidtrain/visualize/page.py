@@ -10,15 +10,19 @@ import base64
 import io
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from vidtrain.types import VideoReader
 from vidtrain.visualize.charts import Point, as_json, heat_map, line_chart
 from vidtrain.visualize.clips import animation, stills
+
+Opener = Callable[[str], AbstractContextManager[VideoReader]]
 
 LARGEST_MATRIX = 40  # classes that a confusion matrix shows cell by cell
 EXTREMES = 15  # best and worst classes shown, where there are more than that matrix holds
@@ -59,6 +63,7 @@ def report_page(
     predictions: Sequence[Prediction],
     curves: Mapping[str, Sequence[Point]],
     config: str,
+    open_path: Opener | None = None,
 ) -> str:
     """Lay out the whole page.
 
@@ -67,6 +72,7 @@ def report_page(
         predictions: one for each scored video.
         curves: the points of each metric logged in training, in order of step.
         config: the resolved config, as YAML.
+        open_path: opens a prediction's video; None: from its file.
     """
     here = Path(__file__)
     known = [p for p in predictions if p.labels]
@@ -81,7 +87,7 @@ def report_page(
         _protocol(report),
         _curves(curves),
         *classes,
-        _worst(report, known),
+        _worst(report, known, open_path),
         _config(report, config),
     ]
     title = f"{report.get('model') or 'model'} on {report.get('data') or 'data'}"
@@ -217,13 +223,15 @@ def _protocol(report: Mapping[str, Any]) -> str:
     if not protocol:
         return ""
     p = {key: protocol.get(key) for key in ("frames", "stride", "clips", "crops", "size")}
+    size = p["size"]
+    side = protocol.get("short_side") or size
     rows = [
-        ("Clip", f"{p['frames']} frames, {_ordinal(p['stride'])}"),
+        ("Clip", f"{_many(p['frames'], _unit(protocol))}, {_ordinal(p['stride'])}"),
         ("Effective rate", _rate(protocol.get("fps")) or "each video's own"),
         ("Clips per video", p["clips"]),
         ("Crops per clip", p["crops"]),
-        ("Crop", f"{p['size']} × {p['size']} pixels"),
-        ("Short side before cropping", f"{protocol.get('short_side') or p['size']} pixels"),
+        ("Crop", size and f"{size} × {size} pixels"),
+        ("Short side before cropping", side and f"{side} pixels"),
         ("Region, relative", protocol.get("region")),
         ("Seconds that count", protocol.get("span")),
         ("Videos asked for", _whole((report.get("videos") or {}).get("asked"))),
@@ -238,12 +246,18 @@ def _protocol(report: Mapping[str, Any]) -> str:
     )
 
 
+def _unit(protocol: Mapping[str, Any]) -> str:
+    return "feature" if protocol.get("contents") == "features" else "frame"
+
+
 def _in_words(protocol: Mapping[str, Any]) -> str:
     """Say how a video was looked at."""
     clips, crops = protocol.get("clips"), protocol.get("crops")
     frames, stride, size = (protocol.get(key) for key in ("frames", "stride", "size"))
     if clips == crops == 1:
         seen = "Each video is seen once: one clip, one crop."
+    elif size is None:  # features, which are not cropped
+        seen = f"Each video is seen in {_many(clips, 'clip')} spread over its length."
     else:
         views = clips * crops if isinstance(clips, int) and isinstance(crops, int) else "?"
         seen = (
@@ -252,8 +266,10 @@ def _in_words(protocol: Mapping[str, Any]) -> str:
         )
     rate = _rate(protocol.get("fps"))
     apart = "consecutive" if stride == 1 else f"{stride} apart"
-    clip = f"A clip is {_many(frames, 'frame')}" + (f", {apart}" if frames != 1 else "")
+    clip = f"A clip is {_many(frames, _unit(protocol))}" + (f", {apart}" if frames != 1 else "")
     clip += f" ({rate})" if rate and frames != 1 else ""
+    if size is None:
+        return f"{seen} {clip}."
     side = protocol.get("short_side")
     scaled = f"scaled to {side} pixels on the shorter side and " if side else ""
     return f"{seen} {clip}, {scaled}cropped to {size} × {size} pixels."
@@ -453,14 +469,16 @@ def _average_precision(report: Mapping[str, Any], predictions: Sequence[Predicti
     )
 
 
-def _worst(report: Mapping[str, Any], predictions: Sequence[Prediction]) -> str:
+def _worst(
+    report: Mapping[str, Any], predictions: Sequence[Prediction], open_path: Opener | None
+) -> str:
     """The errors that the model was surest of, moving."""
     if not predictions:
         return ""
     wrong = sorted((p for p in predictions if not p.right), key=lambda p: -p.top[0][1])
     if not wrong:
         return _section("Worst errors", "There is none: every first answer was right.", "")
-    cards = "".join(_card(report, p) for p in wrong[:WORST])
+    cards = "".join(_card(report, p, open_path) for p in wrong[:WORST])
     lead = f"{len(wrong):,} of {len(predictions):,} first answers were wrong."
     if len(wrong) > 1:
         lead += " These are the ones the model was surest of; each shows up to three seconds from the middle."
@@ -471,7 +489,9 @@ def _worst(report: Mapping[str, Any], predictions: Sequence[Prediction]) -> str:
     )
 
 
-def _card(report: Mapping[str, Any], p: Prediction) -> str:
+def _card(report: Mapping[str, Any], p: Prediction, open_path: Opener | None) -> str:
+    from vidtrain.data.decode import open_video
+
     said, score = p.top[0]
     scores = dict(p.top)
     truth = ", ".join(
@@ -481,7 +501,14 @@ def _card(report: Mapping[str, Any], p: Prediction) -> str:
         for label in p.labels
     )
     try:
-        moving, still = _thumbnail(_located(p.path, report.get("data_root")))
+        if open_path is None:
+            opened: AbstractContextManager[VideoReader] = open_video(
+                _located(p.path, report.get("data_root"))
+            )
+        else:
+            opened = open_path(p.path)
+        with opened as reader:
+            moving, still = _thumbnail(reader)
         alt = escape(f"{p.path}: said {said}, is {', '.join(p.labels)}")
         picture = (
             f"<picture><source srcset='{_data_uri(still, 'image/jpeg')}' "
@@ -499,22 +526,15 @@ def _card(report: Mapping[str, Any], p: Prediction) -> str:
     )
 
 
-def _thumbnail(path: str) -> tuple[bytes, bytes]:
+def _thumbnail(reader: VideoReader) -> tuple[bytes, bytes]:
     """Take the middle of a video: an animation at its own speed, and one still as JPEG."""
-    from vidtrain.data.decode import open_video
-
-    reader = open_video(path)
-    try:
-        step = max(1, round(reader.fps / RATE))
-        count = max(1, min(round(SECONDS * reader.fps), len(reader)) // step)
-        start = (len(reader) - (count - 1) * step) // 2 if count > 1 else len(reader) // 2
-        frames = reader.frames([start + i * step for i in range(count)])
-        rate = reader.fps / step
-    finally:
-        reader.close()
+    step = max(1, round(reader.fps / RATE))
+    count = max(1, min(round(SECONDS * reader.fps), len(reader)) // step)
+    start = (len(reader) - (count - 1) * step) // 2 if count > 1 else len(reader) // 2
+    frames = reader.frames([start + i * step for i in range(count)])
     still = io.BytesIO()
     stills(frames[count // 2 : count // 2 + 1], size=PIXELS)[0].save(still, "JPEG", quality=75)
-    return animation(frames, rate, size=PIXELS, quality=50), still.getvalue()
+    return animation(frames, reader.fps / step, size=PIXELS, quality=50), still.getvalue()
 
 
 def _located(path: str, root: str | None) -> str:
