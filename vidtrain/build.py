@@ -232,7 +232,7 @@ def task(cfg: DictConfig, network: nn.Module) -> VideoTask:
 
     module: VideoTask = instantiate(cfg.task)
     module.model = network
-    module.optimizer = instantiate(cfg.optim)
+    module.optimizer = recipe(cfg)
     module.frozen = freeze(network, cfg.get("freeze"))
     module.train()  # all but what is frozen
     module.views_per_forward = cfg.views.per_forward
@@ -243,15 +243,42 @@ def task(cfg: DictConfig, network: nn.Module) -> VideoTask:
     return module
 
 
+def recipe(cfg: DictConfig) -> Callable[..., Any]:
+    """Build what makes the optimizer of `cfg.optim` for a network and a number of steps."""
+    from vidtrain.optim.batch import KEYS
+
+    made: Callable[..., Any] = instantiate(
+        {key: value for key, value in _plain(cfg.optim).items() if key not in KEYS}
+    )
+    return made
+
+
+def scale_rate(cfg: DictConfig, task: VideoTask, data: VideoDataModule, trainer: Trainer) -> str:
+    """Give the task the learning rate that its steps' size calls for; say in a line what came out."""
+    from functools import partial
+
+    from vidtrain.optim.batch import Batch, scaled
+
+    batch = Batch(
+        data.batch_size, data.augment.repeats, trainer.world_size, trainer.accumulate_grad_batches
+    )
+    rate, line = scaled(cfg.optim.lr, batch, _plain(cfg.optim))
+    task.optimizer = partial(task.optimizer, lr=rate)
+    return line
+
+
 def check_optim(cfg: DictConfig) -> None:
     """Build the recipe's optimizer for a toy, so that a mistake shows before data are prepared."""
     from torch import nn
 
-    recipe = instantiate(cfg.optim)
+    from vidtrain.optim.batch import Batch, scaled
+
+    scaled(cfg.optim.lr, Batch(1), _plain(cfg.optim))
+    made = recipe(cfg)
     patterns = isinstance(cfg.optim.get("groups"), DictConfig)
     groups = {"groups": None} if patterns else {}  # patterns of the real network
     try:
-        recipe(nn.Linear(1, 1), 10, **groups)
+        made(nn.Linear(1, 1), 10, **groups)
     except (TypeError, ValueError) as error:
         raise UserError(f"optim: {' '.join(str(error).split())}") from None
 
@@ -265,6 +292,8 @@ def callbacks(cfg: DictConfig, run_dir: Path) -> list[Callback]:
         if node is None:
             continue
         callback = instantiate(node)
+        if callback is None:  # switched off
+            continue
         if isinstance(callback, Checkpoint):
             callback.dirpath = str(run_dir / "checkpoints")
         built.append(callback)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from vidtrain.optim.groups import chosen, covers, decay_groups, freeze
+from vidtrain import build
+from vidtrain.optim.groups import chosen, covers, decay_groups, depths, freeze
 from vidtrain.optim.schedules import adamw, sgd
 from vidtrain.types import UserError
 
@@ -120,3 +121,65 @@ def test_what_cannot_be_frozen_is_said(patterns, message):
     with pytest.raises(UserError) as error:
         freeze(Net(), patterns)
     assert message in str(error.value)
+
+
+class Transformer(nn.Module):
+    """Tokens, three blocks, a last norm and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.zeros(1, 5, 4))
+        self.patch_embed = nn.Conv3d(3, 4, 2)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4)) for _ in range(3)
+        )
+        self.norm = nn.LayerNorm(4)
+        self.reset_classifier(2)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        self.head = nn.Linear(4, num_classes) if num_classes else nn.Identity()
+
+
+def test_layers_of_a_transformer_are_counted_as_in_beit():
+    """`get_num_layer_for_vit` of BEiT and VideoMAE: embeddings 0, block i at i + 1, the rest last."""
+    found, last = depths(Transformer())
+    assert last == 4
+    for name, depth in found.items():
+        block = name.split(".")[1] if name.startswith("blocks") else None
+        first = name.startswith(("positions", "patch_embed"))
+        assert depth == (int(block) + 1 if block else 0 if first else 4), name
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "first", "late"),
+    [
+        ("slow_r50_4x16", 17, ["stem.norm.weight"], {"res2.0.conv_a.weight": 1, "res5.2.norm_c.bias": 16}),
+        ("r3d_18", 9, ["stem.0.weight", "stem.1.bias"], {"layer1.0.conv1.0.weight": 1}),
+        ("slowfast_r50_4x16", 21, ["slow.stem.conv.weight", "fast.stem.norm.bias"],
+         {"slow.res3.1.conv_b.weight": 5, "fast.res3.1.conv_b.weight": 5}),
+        ("i3d", 12, ["Conv3d_1a_7x7.conv3d.weight"], {"Mixed_5c.b0.bn.weight": 11}),
+        ("c3d", 10, ["conv1.weight"], {"fc7.bias": 9}),
+    ],
+)  # fmt: skip
+def test_layers_of_networks(compose, name, layers, first, late):
+    with torch.device("meta"):
+        net = build.model(compose("train", f"model={name}", "data=ucf101"))
+    found, last = depths(net)
+    assert last == layers and set(found) == {name for name, _ in net.named_parameters()}
+    assert all(found[key] == 0 for key in first)
+    assert {key: found[key] for key in late} == late
+    head = {key for key, depth in found.items() if depth == last}
+    net.reset_classifier(0)
+    assert head.isdisjoint(dict(net.named_parameters()))
+
+
+def test_rates_fall_from_the_classifier_down():
+    net = Transformer()
+    made = decay_groups(net, 0.1, lr=1.0, groups={"blocks.1": 10}, layer_decay=0.5)
+    rates = {name: g.get("lr", 1.0) for g in made for name in names(net, g["params"])}
+    assert rates["head.weight"] == rates["norm.bias"] == 1
+    assert rates["blocks.2.1.weight"] == 0.5 and rates["blocks.1.0.bias"] == 2.5
+    assert rates["positions"] == rates["patch_embed.weight"] == 0.0625
+    for wrong in (0, 1.1, True):
+        with pytest.raises(UserError, match=r"optim.layer_decay is"):
+            decay_groups(net, 0.1, lr=1.0, layer_decay=wrong)

@@ -81,6 +81,7 @@ def main(cfg: DictConfig) -> float | int | None:
     saver = next((c for c in callbacks if isinstance(c, Checkpoint)), None)
     with closing(build.loggers(cfg, run_dir)) as loggers:
         trainer = build.trainer(cfg, run_dir, callbacks, loggers)
+        tell_line(console, build.scale_rate(cfg, task, data, trainer))
         try:
             trainer.fit(task, datamodule=data, ckpt_path=resume_from, weights_only=True)
         except Stopped as stop:

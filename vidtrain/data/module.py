@@ -7,7 +7,8 @@ import json
 import math
 import multiprocessing as mp
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -498,6 +499,18 @@ class VideoDataModule(L.LightningDataModule):
         )
         order.epoch, order.start = self.start_at
         return self._loader(dataset, order)
+
+    def extra_batches(self, count: int, epoch: int) -> Iterator[dict[str, Any]]:
+        """Give training batches beside an epoch's own, of another order: as many, or all there are."""
+        dataset = self.dataset(self.split_of("train"), training=True)
+        order = TrainingOrder(len(dataset), self.batch_size, self.seed + 1, *self._rank())
+        order.set_epoch(epoch)
+        loader = self._loader(dataset, order)
+        try:
+            yield from islice(loader, count)
+        finally:
+            loader.close()
+            self._loaders.remove(loader)
 
     def val_dataloader(self) -> Loader | list[Any]:
         """The middle clip of each validation video; nothing where there are none."""

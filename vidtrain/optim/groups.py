@@ -6,6 +6,7 @@ or of a parameter, or has wildcards for either, as in a shell: `layer[34]`, `*.n
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from vidtrain.types import UserError
+from vidtrain.weights.layout import head_names
 
 
 def chosen(module: nn.Module, pattern: str, key: str) -> list[str]:
@@ -94,11 +96,74 @@ def listed(patterns: str | Sequence[str] | None, key: str) -> list[str]:
     return words
 
 
+def depths(module: nn.Module) -> tuple[dict[str, int], int]:
+    """Count, for each parameter, how many layers come before it.
+
+    A layer is a block of a numbered row of blocks (`res3.1`, `blocks.7`), and what lies beside such rows
+    at the top, in the order of definition. What has neither kernels nor matrices, as a norm, belongs to
+    the layer before it, and behind the last one to the classifier, which comes last. Pathways whose
+    parts have the same names (SlowFast, two streams) run side by side: a layer of theirs is one layer.
+    Parameters of the network itself (a class token, positions) belong to the first layer.
+
+    Returns:
+        The depth of each parameter by its name, 0 for the first layer; and the classifier's.
+    """
+    head, pathways = head_names(module), _pathways(module)
+    layers: dict[str, str] = {}  # of each parameter
+    wide: dict[str, bool] = {}  # whether a layer has kernels or matrices
+    for name, parameter in module.named_parameters():
+        if name not in head:
+            layer = layers[name] = _layer(name, pathways)
+            wide[layer] = wide.get(layer, False) or (parameter.ndim > 1 and layer != "")
+    last = sum(wide.values())
+    depth: dict[str, int] = {}
+    count = 0
+    for layer, is_wide in wide.items():
+        count += is_wide
+        depth[layer] = max(0, count - 1) if is_wide or count < last else last
+    depth[""] = 0
+    found = {name: depth[layer] for name, layer in layers.items()}
+    return found | {name: last for name, _ in module.named_parameters() if name in head}, last
+
+
+def _layer(name: str, pathways: set[str]) -> str:
+    """Name the layer that a parameter lies in: its path up to a number, else its module at the top."""
+    top, *rest = name.split(".")[:-1] or [""]
+    parts = rest if top in pathways else [top, *rest]
+    for place, part in enumerate(parts):
+        if re.fullmatch(r"(\w*_)?\d+", part):
+            return ".".join(parts[: place + 1])
+    return parts[0] if parts else top
+
+
+def _pathways(module: nn.Module) -> set[str]:
+    """Name the children that are whole networks side by side: they have parts of the same names."""
+    inside = {
+        name: {
+            below
+            for below, part in child.named_children()
+            if not below.isdigit() and _holds_blocks(part)
+        }
+        for name, child in module.named_children()
+    }
+    return {
+        name
+        for name, parts in inside.items()
+        if any(parts & other for key, other in inside.items() if key != name)
+    }
+
+
+def _holds_blocks(part: nn.Module) -> bool:
+    """Say whether a part is more than a block: its own parts have parts."""
+    return any(next(child.children(), None) is not None for child in part.children())
+
+
 def decay_groups(
     module: nn.Module,
     weight_decay: float,
     lr: float | None = None,
     groups: Mapping[str, float] | None = None,
+    layer_decay: float | None = None,
 ) -> list[dict[str, Any]]:
     """Split parameters in two: matrices and kernels decay, biases and norms (1-D) do not.
 
@@ -108,6 +173,8 @@ def decay_groups(
         lr: the base learning rate, which `groups` multiplies.
         groups: factor of the learning rate by pattern; a parameter that several patterns choose
             gets the last one's. Each factor's parameters are split in two as well.
+        layer_decay: factor from one layer to the one before it (Clark et al. 2020; BEiT, VideoMAE): the
+            classifier learns at `lr`, layer k of n at `lr · layer_decay^(n - k)`. Multiplies with `groups`.
 
     Raises:
         UserError: a pattern that chooses nothing, a factor that is no number above 0, or no
@@ -125,6 +192,12 @@ def decay_groups(
                 " (freeze= takes a part out of training)"
             )
         factors |= dict.fromkeys(chosen(module, str(pattern), "optim.groups"), float(factor))
+    if layer_decay is not None:
+        if isinstance(layer_decay, bool) or not 0 < layer_decay <= 1:
+            raise UserError(f"optim.layer_decay is {layer_decay}; it is from above 0 to 1, or null")
+        depth, last = depths(module)
+        for name, layer in depth.items():
+            factors[name] = factors.get(name, 1.0) * layer_decay ** (last - layer)
     parts: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from vidtrain.optim.groups import decay_groups
 from vidtrain.types import UserError
@@ -44,7 +44,7 @@ def rate(
         return gamma ** sum(done >= milestone for milestone in milestones)
     if schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * min(1.0, (done - warmup) / (1 - warmup))))
-    raise UserError(f"optim.schedule is '{schedule}'; it is cosine, step or constant")
+    raise UserError(f"optim.schedule is '{schedule}'; it is cosine, step, one_cycle or constant")
 
 
 def with_schedule(
@@ -61,6 +61,11 @@ def with_schedule(
         raise UserError(f"optim.warmup is {warmup}; it is a share of all steps, from 0 to below 1")
     if not 0 <= warmup_from <= 1:
         raise UserError(f"optim.warmup_from is {warmup_from}; it is a share of lr, from 0 to 1")
+    if schedule == "one_cycle":
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": one_cycle(optimizer, total, warmup, warmup_from),
+        }
     rate(0, total, schedule, 0.0, milestones, gamma)  # refuse a wrong name before the first step
     factor: Callable[[int], float] = lambda step: rate(  # noqa: E731
         step, total, schedule, warmup, milestones, gamma, warmup_from
@@ -69,6 +74,31 @@ def with_schedule(
         "optimizer": optimizer,
         "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"},
     }
+
+
+def one_cycle(
+    optimizer: torch.optim.Optimizer, total: int, warmup: float, warmup_from: float
+) -> dict[str, Any]:
+    """Torch's one-cycle policy (Smith & Topin 2018): up and down by half a cosine each, momentum against it.
+
+    Args:
+        optimizer: its rates are the highest.
+        total: steps.
+        warmup: share of them in which the rate rises.
+        warmup_from: where it begins, a share of the highest rate.
+
+    Raises:
+        UserError: nothing rises, or from nothing.
+    """
+    if not warmup or not warmup_from:
+        raise UserError(
+            "optim.schedule=one_cycle rises from a rate above 0: set optim.warmup=0.3 optim.warmup_from=0.04"
+        )
+    highest = [group["lr"] for group in optimizer.param_groups]
+    cycle = OneCycleLR(
+        optimizer, highest, total_steps=total + 1, pct_start=warmup, div_factor=1 / warmup_from
+    )
+    return {"scheduler": cycle, "interval": "step"}
 
 
 def sgd(
@@ -80,10 +110,11 @@ def sgd(
     nesterov: bool = False,
     weight_decay: float = 0.0,
     groups: Mapping[str, float] | None = None,
+    layer_decay: float | None = None,
     **schedule: Any,
 ) -> dict[str, Any]:
     """SGD with momentum; `groups` multiplies the rate of parts: `{"fc": 10}`."""
-    parts = decay_groups(module, weight_decay, lr, groups)
+    parts = decay_groups(module, weight_decay, lr, groups, layer_decay)
     optimizer = torch.optim.SGD(parts, lr=lr, momentum=momentum, nesterov=nesterov)
     return with_schedule(optimizer, total, **schedule)
 
@@ -96,10 +127,11 @@ def adamw(
     betas: Sequence[float] = (0.9, 0.999),
     weight_decay: float = 0.05,
     groups: Mapping[str, float] | None = None,
+    layer_decay: float | None = None,
     **schedule: Any,
 ) -> dict[str, Any]:
     """AdamW (Loshchilov & Hutter 2019); `groups` multiplies the rate of parts: `{"fc": 10}`."""
-    parts = decay_groups(module, weight_decay, lr, groups)
+    parts = decay_groups(module, weight_decay, lr, groups, layer_decay)
     optimizer = torch.optim.AdamW(parts, lr=lr, betas=(betas[0], betas[1]))
     return with_schedule(optimizer, total, **schedule)
 
@@ -114,9 +146,10 @@ def rmsprop(
     eps: float = 1.0,
     weight_decay: float = 0.0,
     groups: Mapping[str, float] | None = None,
+    layer_decay: float | None = None,
     **schedule: Any,
 ) -> dict[str, Any]:
     """RMSprop with momentum (Tieleman & Hinton 2012); `groups` as above."""
-    parts = decay_groups(module, weight_decay, lr, groups)
+    parts = decay_groups(module, weight_decay, lr, groups, layer_decay)
     optimizer = torch.optim.RMSprop(parts, lr=lr, alpha=alpha, momentum=momentum, eps=eps)
     return with_schedule(optimizer, total, **schedule)

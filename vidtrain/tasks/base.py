@@ -50,7 +50,7 @@ class VideoTask(L.LightningModule):
     """
 
     model: nn.Module
-    optimizer: Callable[[nn.Module, int], dict[str, Any]]
+    optimizer: Callable[..., dict[str, Any]]  # of a network and a number of steps
 
     def __init__(self) -> None:
         super().__init__()
