@@ -36,6 +36,7 @@ import numpy as np
 
 from vidtrain.data.check import Probe, check_files, probe
 from vidtrain.data.decode import open_video
+from vidtrain.data.readers.pyav import ANY_TEXT
 from vidtrain.types import Clip, DecodeError
 
 SECONDS = 2.0  # of each video that is not
@@ -186,7 +187,7 @@ def play(path: str) -> tuple[dict[int, tuple[int, bool, av.VideoFrame]], int | N
     times: dict[int, int | None] = {}
     played: dict[int, tuple[int, bool, av.VideoFrame]] = {}
     fault = None
-    with av.open(path, metadata_errors="ignore") as container:
+    with av.open(path, **ANY_TEXT) as container:
         stream = container.streams.best("video")
         stream.thread_type = "NONE"  # threads do not tell of all damage
         packets = container.demux(stream)

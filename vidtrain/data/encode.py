@@ -13,6 +13,7 @@ from av.video.frame import PictureType
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 
 from vidtrain.data.decode import open_video
+from vidtrain.data.readers.pyav import ANY_TEXT
 from vidtrain.types import DecodeError
 
 if TYPE_CHECKING:
@@ -400,7 +401,7 @@ def _is_end(packet: av.Packet) -> bool:
 
 def _open_source(path: str) -> InputContainer:
     return av.open(  # as the reader opens it
-        f"file:{path}", metadata_errors="ignore", container_options={"protocol_whitelist": "file"}
+        f"file:{path}", **ANY_TEXT, container_options={"protocol_whitelist": "file"}
     )
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from vidtrain.data.decode import open_video
 from vidtrain.data.encode import PRESETS, TUNES, Settings, encode
 from vidtrain.data.ledger import Failed, Ledger, check_output, put, work, writing
-from vidtrain.types import Clip, DecodeError, UserError
+from vidtrain.types import Clip, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

@@ -15,7 +15,7 @@ import io
 import itertools
 import operator
 import re
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import av
 import numpy as np
@@ -41,6 +41,10 @@ av.logging.set_level(None)  # nothing on stderr: what is wrong is in the excepti
 # IndexError: at the end of a file where streams turn up on the way
 LIBAV_ERRORS = (av.error.FFmpegError, OSError, ValueError, IndexError)
 # Playlists, scripts and numbered pictures make libav read other files, or fetch them from anywhere
+# Titles and the like may be in any encoding; from version 19 on PyAV does not stumble over them by itself.
+ANY_TEXT: dict[str, Any] = (
+    {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
+)
 OWN_DATA_ONLY = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "file"}
 MAX_PIXELS = 1 << 27  # of a frame (16K has 133 million): a few bytes may claim any size
 BOUNDED = {"max_pixels": str(MAX_PIXELS)}
@@ -291,7 +295,7 @@ class PyAVReader:
                 # "file:" keeps libav from taking a name such as "a:b.mp4" for an address
                 io.BytesIO(source) if isinstance(source, bytes) else f"file:{source}",
                 format=self._known or None,
-                metadata_errors="ignore",
+                **ANY_TEXT,
                 container_options=OWN_DATA_ONLY,
                 options=options,
             )
