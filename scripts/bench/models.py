@@ -3,12 +3,15 @@
     python scripts/bench/models.py                          # all that have a counterpart, and those that have none
     python scripts/bench/models.py r3d_18 slowfast_r50_8x8 --batch 8
 
-Each network of conf/model/ is built at its paper's clip and trained on noise in bf16, ours with weights
-and clips in channels-last memory (`--order plain`: channels first; both orders may be given); `--compile`
-compiles both. Counterparts come from torchvision and, where it is installed, PyTorchVideo, in the memory
-order in which those libraries train. All take turns, round by round, in one process. Printed is the median
-time of a step, the ratio ours / theirs, and the memory that a step takes besides what the others hold. On
-a CPU the same, in float32 with `--frames` and `--size` to make it bearable.
+Each network of conf/model/ is built at its paper's clip and trained on noise in bf16. Weights and clips
+lie in memory as training hands them over, channels first; a network lays them out as it likes.
+`--order last`: both come in channels-last memory; several orders may be given. `--compile` compiles both,
+`--guess` lets cuDNN go by its rules instead of trying kernels, which for a long list saves minutes.
+
+Counterparts come from torchvision and, where it is installed, PyTorchVideo, and get channels first. All
+take turns, round by round, in one process. Printed is the median time of a step, the ratio ours / theirs,
+and the memory that a step takes besides what the others hold. On a CPU the same, in float32 with
+`--frames` and `--size` to make it bearable.
 """
 
 from __future__ import annotations
@@ -88,9 +91,8 @@ class Contender:
             for parameter in net.parameters():
                 if parameter.ndim in FORMATS:
                     parameter.data = parameter.data.to(memory_format=FORMATS[parameter.ndim])
-        if order != "plain":
             inputs = [x.contiguous(memory_format=torch.channels_last_3d) for x in inputs]
-        self.inputs = [x.to(device) for x in inputs]
+        self.inputs = inputs
         self.optimizer = torch.optim.SGD(net.parameters(), lr=1e-4, momentum=0.9)
         self.net = torch.compile(net) if compile else net
         self.target = torch.randint(CLASSES, (len(inputs[0]),), device=device)
@@ -132,11 +134,12 @@ def main() -> None:
     parser.add_argument("--size", type=int)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--order", nargs="+", choices=("last", "clips", "plain"), default=["last"])
+    parser.add_argument("--guess", action="store_true", help="cuDNN does not try kernels")
+    parser.add_argument("--order", nargs="+", choices=("plain", "last"), default=["plain"])
     parser.add_argument("--alone", action="store_true", help="without the counterparts")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = not args.guess
     names = args.models or sorted(path.stem for path in (conf_dir() / "model").glob("*.yaml"))
     print(
         f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, torch {torch.__version__}"
@@ -165,7 +168,7 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> str:
     ours = build.model(cfg)
     frames, size = cfg.clip.num_frames, cfg.clip.size
     shapes = {"video": (3, frames, size, size), "flow": (2, frames, size, size)}
-    inputs = [torch.randn(args.batch, *shapes[key]) for key in ours.inputs]
+    inputs = [torch.randn(args.batch, *shapes[key], device=device) for key in ours.inputs]
     contenders = [
         Contender(copy.deepcopy(ours), inputs, device, order, args.compile) for order in args.order
     ]

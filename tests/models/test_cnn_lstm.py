@@ -229,3 +229,24 @@ def test_clips_and_features_that_do_not_fit_are_named():
             cnn_lstm(3, size=32, backbone3d=net, segments=16)
         with pytest.raises(UserError, match=r"set model\.features=512"):
             cnn_lstm(3, features=256)(torch.empty(1, 512, 8))
+
+
+def test_first_weights():
+    torch.manual_seed(0)
+    paper, scratch = (
+        cnn_lstm(3, features=6, hidden=16, **kwargs) for kwargs in ({}, {"init": None})
+    )
+    assert max(p.abs().max() for p in paper.lstm.parameters()) <= 0.01
+    assert 0.005 < paper.classifier.weight.std() < 0.02 and not paper.classifier.bias.any()
+    weights = torch.cat([p.flatten() for p in scratch.lstm.parameters() if p.ndim == 2])
+    assert 0.2 < weights.abs().max() <= 0.25
+    with (
+        torch.no_grad()
+    ):  # with no input, and none of its own, half the state would be lost at each step
+        state = tuple(torch.ones(1, 1, 16) for _ in range(2))
+        for net, kept in ((paper, 0.5), (scratch, 0.731)):
+            for parameter in net.lstm.parameters():
+                if parameter.ndim == 2:
+                    parameter.zero_()
+            _, (_, cell) = net.lstm(torch.zeros(1, 1, 6), state)
+            torch.testing.assert_close(cell, torch.full_like(cell, kept), atol=1e-3, rtol=0)

@@ -12,6 +12,7 @@ from itertools import cycle, islice
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vidtrain.layers.flat import dense_order
 from vidtrain.types import UserError
 
 DEPTHS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}  # layers -> blocks of a stage
@@ -54,7 +55,7 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> (B, D, T, H/4, W/4)."""
-        return self.pool(F.relu(self.norm(self.conv(x)), inplace=True))
+        return self.pool(F.relu(self.norm(self.conv(dense_order(x))), inplace=True))
 
 
 class Bottleneck(nn.Module):

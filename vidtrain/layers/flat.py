@@ -1,4 +1,9 @@
-"""What networks of depthwise convolutions need to be fast: kernels of one pixel, and memory order."""
+"""What convolutions need to be fast: memory order, and two dimensions where three are slow.
+
+In channels-last memory, what all channels have at one place lies together. On a GPU cuDNN computes in
+that order alone: what comes otherwise it reorders around each convolution, and torch's batch norms and
+max pools are slower on it as well.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +13,50 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+LAST = torch.channels_last_3d
+HALF = (torch.float16, torch.bfloat16)
+
+# Fewer places than this in a batch of clips, and launching kernels takes longer than running them.
+MANY_PLACES = 8_000_000
+
+
+def dense_order(x: Tensor) -> Tensor:
+    """Lay (B, C, T, H, W) out as convolutions over all channels are fastest; on a CPU as it comes."""
+    return x.contiguous(memory_format=LAST) if x.is_cuda else x
+
+
+def depthwise_order(x: Tensor) -> Tensor:
+    """Lay (B, C, T, H, W) out as convolutions of single channels are fastest.
+
+    On a CPU that is channels last. On a GPU it is channels last for large batches in half precision;
+    otherwise torch's own kernels, which are fewer, want channels first.
+    """
+    if not x.is_cuda:
+        return x.contiguous(memory_format=LAST)
+    half = x.dtype in HALF or torch.is_autocast_enabled("cuda")
+    if half and x.numel() // x.shape[1] >= MANY_PLACES:
+        return x.contiguous(memory_format=LAST)
+    return x.contiguous()
+
 
 class FlatConv3d(nn.Conv3d):
-    """A 3D convolution of k x 1 x 1, computed over time and all places in one row.
+    """A 3D convolution of k x 1 x 1, computed over time and all places in one row where that is faster.
 
-    Weights and results are those of `nn.Conv3d`. In two dimensions there are faster kernels, above all
-    on a CPU.
+    That is on a CPU, and where channels are convolved by themselves. Weights and results are those of
+    `nn.Conv3d`.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, D, t, h, w)."""
+        if x.is_cuda and self.groups == 1:
+            return super().forward(x)
         if self.stride[1:] != (1, 1):
-            if x.device.type != "cpu":  # picking places costs more there than it saves
-                return super().forward(x)
             x = x[..., :: self.stride[1], :: self.stride[2]]
-        stride, padding = (self.stride[0], 1), (self.padding[0], 0)
-        weight = self.weight.flatten(3)
+        weight, beside = self.weight.flatten(3), 0
+        if x.is_cuda and x.is_contiguous(memory_format=LAST):
+            beside = self.kernel_size[0] // 2  # cuDNN is fast at squares: zeros beside the kernel
+            weight = F.pad(weight, (beside, beside))
+        stride, padding = (self.stride[0], 1), (self.padding[0], beside)
         y = F.conv2d(x.flatten(3), weight, self.bias, stride, padding, 1, self.groups)
         return y.unflatten(3, x.shape[3:])
 
@@ -39,8 +72,8 @@ class DepthwiseConv3d(nn.Conv3d):
 def depthwise(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
     """Convolve each channel by itself, with stride 1 in time.
 
-    On a GPU, in channels-last memory, frame by frame: cuDNN's kernels for that are many times faster
-    in two dimensions than in three, even where each frame of the kernel takes one of its own.
+    On a GPU, in channels-last memory, frame by frame, once for each frame of the kernel: cuDNN is so
+    much faster at that in two dimensions than in three.
 
     Args:
         x: (B, C, T, H, W).
@@ -48,8 +81,7 @@ def depthwise(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequenc
         stride: In t, h, w.
         padding: In t, h, w, on both sides.
     """
-    last = torch.channels_last_3d
-    if x.device.type == "cpu" or not x.is_contiguous(memory_format=last):
+    if not x.is_cuda or not x.is_contiguous(memory_format=LAST):
         return F.conv3d(x, weight, None, stride, padding, 1, len(weight))
     batch, frames = x.shape[0], x.shape[2]
     length = frames + 2 * padding[0] - weight.shape[2] + 1
@@ -66,14 +98,3 @@ def depthwise(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequenc
         y = part if y is None else y + part
     assert y is not None
     return y
-
-
-def depthwise_order(x: Tensor) -> Tensor:
-    """Lay (B, C, T, H, W) out as convolutions of single channels are fastest.
-
-    On a CPU that is with channels innermost. On a GPU torch's own kernels want them outermost and
-    cuDNN's innermost; the clip is left as it comes.
-    """
-    if x.device.type != "cpu":
-        return x
-    return x.contiguous(memory_format=torch.channels_last_3d)

@@ -26,6 +26,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vidtrain.layers.flat import dense_order
 from vidtrain.layers.frames import check_clip
 from vidtrain.types import UserError
 
@@ -86,7 +87,7 @@ class C3D(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> (B, 512, t, h, w), conv5b."""
-        x = self.pool1(F.relu(self.conv1(x)))
+        x = self.pool1(F.relu(self.conv1(dense_order(x))))
         x = self.pool2(F.relu(self.conv2(x)))
         x = F.relu(self.conv3a(x))
         x = self.pool3(F.relu(self.conv3b(x)))

@@ -163,6 +163,7 @@ class CNNLSTM(nn.Module):
         dropout: After it, and between its layers.
         answers: last: one, (B, K); every: one a step, (B, S, K).
         score: Which of the answers make a video's score: mean or last.
+        init: First weights of LSTM and classifier, see `cnn_lstm`.
     """
 
     def __init__(
@@ -177,6 +178,7 @@ class CNNLSTM(nn.Module):
         dropout: float,
         answers: str,
         score: str,
+        init: float | None,
     ) -> None:
         super().__init__()
         self.inputs, self.answers, self.score = inputs, answers, score
@@ -186,7 +188,7 @@ class CNNLSTM(nn.Module):
         self.lstm = LSTM(self.num_features, hidden, layers, dropout)
         self.dropout = nn.Dropout(dropout)
         self.reset_classifier(num_classes)
-        self._init_weights()
+        self._init_weights(init)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W), or (B, D, T), -> (B, D, t, h, w), before the LSTM."""
@@ -229,15 +231,17 @@ class CNNLSTM(nn.Module):
         hidden = self.lstm.hidden_size
         self.classifier = nn.Linear(hidden, num_classes) if num_classes else nn.Identity()
 
-    def _init_weights(self) -> None:
-        """LSTM uniform in -0.01 to 0.01 with biases of 0, classifier a Gaussian of 0.01."""
+    def _init_weights(self, init: float | None) -> None:
+        bound = self.lstm.hidden_size**-0.5 if init is None else init
         for name, parameter in self.lstm.named_parameters():
-            if name.startswith("bias"):
-                nn.init.zeros_(parameter)
-            else:
-                nn.init.uniform_(parameter, -0.01, 0.01)
-        if isinstance(self.classifier, nn.Linear):
-            nn.init.normal_(self.classifier.weight, std=0.01)
+            if not name.startswith("bias"):
+                nn.init.uniform_(parameter, -bound, bound)
+                continue
+            nn.init.zeros_(parameter)
+            if init is None and name.startswith("bias_ih"):  # input, forget, cell, output
+                nn.init.ones_(parameter.data.chunk(4)[1])
+        if init is not None and isinstance(self.classifier, nn.Linear):
+            nn.init.normal_(self.classifier.weight, std=init)
             nn.init.zeros_(self.classifier.bias)
 
 
@@ -257,6 +261,7 @@ def cnn_lstm(
     dropout: float = 0.5,
     answers: str = "every",
     score: str = "mean",
+    init: float | None = 0.01,
 ) -> CNNLSTM:
     """Build LRCN; `hidden=1024` with `modality="flow"` is the paper's other network.
 
@@ -277,6 +282,10 @@ def cnn_lstm(
         dropout: After it.
         answers: last or every.
         score: mean or last.
+        init: The LSTM's first weights are uniform from -init to init, its biases 0, the classifier's
+            weights a Gaussian of so much: the paper's, for a network that starts from a trained CNN.
+            None, for one that starts from nothing: uniform within 1 / sqrt(hidden) with a forget bias
+            of 1 (Jozefowicz et al. 2015), so that a state outlives a few frames.
 
     Raises:
         UserError: naming the key that is wrong.
@@ -314,4 +323,5 @@ def cnn_lstm(
         dropout,
         answers,
         score,
+        init,
     )

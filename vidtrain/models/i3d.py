@@ -44,6 +44,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vidtrain.layers.flat import dense_order
 from vidtrain.layers.inception import WIDTHS, out_channels, window_means
 from vidtrain.layers.same import SameConv3d, SameMaxPool3d
 
@@ -135,6 +136,7 @@ class I3D(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, 1024, t, h, w): T / 8, H / 32, W / 32, rounded up."""
+        x = dense_order(x)
         for name in self.order:
             x = getattr(self, name)(x)
         return x

@@ -33,6 +33,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from vidtrain.layers.bottleneck import conv_of
+from vidtrain.layers.flat import dense_order
 from vidtrain.layers.non_local import non_local_blocks
 
 DEPTH = 2  # blocks in each of the four stages
@@ -135,7 +136,8 @@ class ResNet3D18(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> (B, D, t, h, w): T / 8, but T in mc3_18; H / 16, W / 16; rounded up."""
-        return self.layer4(self.layer3(self.layer2(self.layer1(self.stem(x)))))
+        x = self.stem(dense_order(x))
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> (B, K)."""

@@ -33,6 +33,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vidtrain.layers.flat import dense_order
 from vidtrain.layers.inception import WIDTHS, out_channels, window_means
 from vidtrain.types import UserError
 
@@ -138,7 +139,7 @@ class S3D(nn.Module):
                 f" {x.shape[3]} x {x.shape[4]} pixels leave nothing; clip.num_frames must be at"
                 " least 5 and clip.size at least 17"
             )
-        return self.features(x)
+        return self.features(dense_order(x))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> (B, K)."""

@@ -24,6 +24,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from vidtrain.layers.flat import dense_order
+
 STRIDES = ((1, 2, 2), (2, 2, 2), (2, 2, 2), (1, 2, 2))  # of the stages, in t, h, w
 
 
@@ -65,7 +67,7 @@ class Small3DCNN(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> (B, D, t, h, w): T / 4, H / 16, W / 16, rounded up."""
-        return self.stages(x)
+        return self.stages(dense_order(x))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> (B, K)."""
