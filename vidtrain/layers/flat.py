@@ -21,8 +21,13 @@ MANY_PLACES = 8_000_000
 
 
 def dense_order(x: Tensor) -> Tensor:
-    """Lay (B, C, T, H, W) out as convolutions over all channels are fastest; on a CPU as it comes."""
-    return x.contiguous(memory_format=LAST) if x.is_cuda else x
+    """Lay (B, C, T, H, W) out as convolutions over all channels are fastest; on a CPU as it comes.
+
+    A compiler chooses for itself, and does worse with what is chosen for it (docs/BENCHMARKS.md).
+    """
+    if not x.is_cuda or torch.compiler.is_compiling():
+        return x
+    return x.contiguous(memory_format=LAST)
 
 
 def depthwise_order(x: Tensor) -> Tensor:
