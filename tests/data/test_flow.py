@@ -674,7 +674,7 @@ def test_the_mean_vector_of_each_field_is_taken_off():
 def test_flow_is_mixed_as_frames_are():
     codes = torch.tensor([28, 228], dtype=torch.uint8).view(2, 1, 1, 1, 1, 1)
     for knob in ("mixup", "cutmix"):
-        transform = DeviceTransform([0] * 3, [1 / 255] * 3, num_classes=2, **{knob: 1.0}).train()
+        transform = DeviceTransform([0] * 3, [1 / 255] * 3, Augment(**{knob: 1.0}), 2).train()
         batch = bytes_batch(codes.expand(2, 1, 2, 2, 32, 32))
         batch["video"] = codes.expand(2, 1, 2, 3, 32, 32)
         out = transform(batch)
@@ -689,7 +689,7 @@ def test_flow_is_mixed_as_frames_are():
 def test_the_fused_transform_gives_the_same():
     rng = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 256, (2, 1, 3, 2, 24, 24), generator=rng, dtype=torch.uint8)
-    for settings in ({}, {"flow_mean": True}, {"mixup": 1.0, "num_classes": 2}):
+    for settings in ({}, {"flow_mean": True}, {"augment": Augment(mixup=1.0), "num_classes": 2}):
         plain = DeviceTransform([0] * 3, [1] * 3, **settings, compile=False).train()
         fused = DeviceTransform([0] * 3, [1] * 3, **settings, compile=True).train()
         expected = plain(bytes_batch(codes))["flow"]

@@ -6,6 +6,7 @@ import torch
 
 from vidtrain.data.transforms import mixing
 from vidtrain.data.transforms.device import DeviceTransform
+from vidtrain.data.transforms.sample import Augment
 
 
 def batch(values, labels, seed=0, size=32):
@@ -18,7 +19,9 @@ def batch(values, labels, seed=0, size=32):
 
 
 def test_mixup_blends_pixels_and_labels_by_the_same_share():
-    transform = DeviceTransform([0] * 3, [1 / 255] * 3, mixup=1.0, num_classes=4).train()
+    transform = DeviceTransform(
+        [0] * 3, [1 / 255] * 3, augment=Augment(mixup=1.0), num_classes=4
+    ).train()
     shares = set()
     for seed in range(8):
         out = transform(batch([0, 100, 200], [0, 1, 2], seed))
@@ -33,7 +36,9 @@ def test_mixup_blends_pixels_and_labels_by_the_same_share():
 
 
 def test_cutmix_takes_a_box_and_its_share_of_the_label():
-    transform = DeviceTransform([0] * 3, [1 / 255] * 3, cutmix=1.0, num_classes=2).train()
+    transform = DeviceTransform(
+        [0] * 3, [1 / 255] * 3, augment=Augment(cutmix=1.0), num_classes=2
+    ).train()
     seen = []
     for seed in range(20):
         out = transform(batch([0, 200], [0, 1], seed))
@@ -49,7 +54,7 @@ def test_cutmix_takes_a_box_and_its_share_of_the_label():
 
 
 def test_testing_is_not_mixed_and_none_is_the_default():
-    both = DeviceTransform([0] * 3, [1] * 3, mixup=1.0, cutmix=1.0, num_classes=2)
+    both = DeviceTransform([0] * 3, [1] * 3, augment=Augment(mixup=1.0, cutmix=1.0), num_classes=2)
     assert both.eval()(batch([0, 200], [0, 1]))["label"].tolist() == [0, 1]
     assert mixing.draw(8, 8, 0.0, 0.0, np.random.default_rng(0)) is None
     drawn = [mixing.draw(64, 64, 0.8, 1.0, np.random.default_rng(seed)) for seed in range(60)]
@@ -59,7 +64,7 @@ def test_testing_is_not_mixed_and_none_is_the_default():
 
 @pytest.mark.slow  # compiling takes a minute
 def test_the_compiled_pass_gives_the_same_pixels():
-    settings = {"color": 0.3, "mixup": 0.8, "num_classes": 3}
+    settings = {"augment": Augment(color=0.3, mixup=0.8), "num_classes": 3}
     plain = DeviceTransform([0.4] * 3, [0.2] * 3, **settings).train()
     fused = DeviceTransform([0.4] * 3, [0.2] * 3, **settings, compile=True).train()
     for count in (3, 2):

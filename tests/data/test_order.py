@@ -88,3 +88,20 @@ def test_evaluation_sees_every_row_exactly_once(rows, world, batch):
     seen = sorted(row for part in itertools.chain(*orders) for row, _ in part)
     assert seen == list(range(rows))
     assert [len(list(order)) for order in orders] == [len(order) for order in orders]
+
+
+def test_weighted_rows_come_in_proportion():
+    weights = np.array([1.0] * 90 + [9.0] * 10)
+    order = TrainingOrder(100, 10, seed=0, rank=0, world=1, weights=weights)
+    seen: list[int] = []
+    for epoch in range(40):
+        order.set_epoch(epoch)
+        rows = [row for batch in order for row, _ in batch]
+        assert len(rows) == 100
+        seen += rows
+    assert 0.45 < np.mean(np.array(seen) >= 90) < 0.55
+    halves = [TrainingOrder(100, 5, 0, rank, 2, weights=weights) for rank in (0, 1)]
+    both = sorted(key for half in halves for batch in half for key in batch)
+    assert both == sorted(
+        key for batch in TrainingOrder(100, 10, 0, 0, 1, weights=weights) for key in batch
+    )

@@ -123,7 +123,7 @@ def test_colours_change_in_training_alone_and_alike_over_a_clip():
     luma = torch.tensor([0.299, 0.587, 0.114]).view(1, 1, 1, 3, 1, 1)
     grey = (video.float() * luma).sum(3).mean((2, 3, 4))
     torch.testing.assert_close(mean_grey(video), grey)
-    transform = DeviceTransform([0] * 3, [1] * 3, color=0.4)
+    transform = DeviceTransform([0] * 3, [1] * 3, augment=Augment(color=0.4))
     plain = transform.eval()({"video": video})["video"]
     torch.testing.assert_close(plain.transpose(2, 3), video.float() / 255)
     drawn = transform.train()({"video": video, "seed": 3})["video"]

@@ -214,3 +214,54 @@ def test_what_the_data_lack_is_named():
     task.model = Sum(3)
     with pytest.raises(UserError, match=r"takes video and flow; for flow add data\.flow=farneback"):
         task.logits({"video": video(LOGITS)})
+
+
+def test_class_weights_by_hand():
+    logits = torch.tensor([[2.0, 0.0], [0.0, 0.0], [0.0, 1.0]])
+    labels = torch.tensor([0, 1, 1])
+    each = -logits.log_softmax(1)[range(3), labels]
+    task = make(2, class_weights=[3.0, 1.0]).train()
+    batch = {"video": video([[row] for row in logits.tolist()]), "label": labels}
+    expected = (3 * each[0] + each[1] + each[2]) / 5
+    torch.testing.assert_close(task.step(batch).loss, expected)
+    soft = nn.functional.one_hot(labels, 2).float()  # as Mixup gives them
+    torch.testing.assert_close(task.step({**batch, "label": soft}).loss, expected)
+    torch.testing.assert_close(task.eval().step(batch).loss, each.mean())
+    for wrong in ("rare", [1.0], [1.0, -1.0], [1.0, True]):
+        with pytest.raises(UserError, match=r"task\.class_weights is"):
+            make(2, class_weights=wrong)
+
+
+def test_balanced_classes_in_a_run(vidtrain, tiny_dataset, tmp_path, monkeypatch):
+    """Classes of 2, 8 and 8 videos: weights 3, 0.75 and 0.75; as many of each where they are drawn."""
+    import shutil
+
+    root = tmp_path / "rare"
+    shutil.copytree(tiny_dataset, root)
+    for video in sorted((root / "train" / "apple").iterdir())[2:]:
+        video.unlink()
+    seen: dict[str, list] = {"labels": [], "weights": []}
+    step = Classification.step
+
+    def noted(self, batch):
+        if self.training:
+            seen["labels"] += batch["label"].tolist()
+            seen["weights"].append(
+                None if self.class_weight is None else self.class_weight.tolist()
+            )
+        return step(self, batch)
+
+    monkeypatch.setattr(Classification, "step", noted)
+    words = [
+        "train", "model=toy_3d_cnn", "clip.size=16", "clip.num_frames=4", "data=folder",
+        f"data.root={root}", "data.workers=0", "data.batch_size=6", "trainer=cpu", "logger=none",
+        "trainer.max_epochs=10",
+    ]  # fmt: skip
+    assert vidtrain(*words, "task.class_weights=balanced", "trainer.max_epochs=1").code == 0
+    assert seen["weights"][0] == pytest.approx([3.0, 0.75, 0.75]) and seen["labels"].count(0) == 2
+    seen["labels"].clear()
+    done = vidtrain(*words, "data.balance=1", "trainer.limit_val_batches=0")
+    assert done.code == 0, done.err
+    assert len(seen["labels"]) == 180 and 40 < seen["labels"].count(0) < 80
+    wrong = vidtrain(*words, "data.balance=2")
+    assert wrong.code == 2 and "data.balance is 2" in wrong.err

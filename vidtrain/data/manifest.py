@@ -266,6 +266,14 @@ class Manifest:
         values = labels.flatten().to_numpy()[self._in_split(split)[parents]]
         return np.bincount(values, minlength=len(self._open()[1]["label_names"]))
 
+    def first_labels(self) -> np.ndarray:
+        """Give each row's first class, (rows,) int64; -1 where it has none."""
+        labels = self._open()[0]["labels"]
+        found = np.full(len(self), -1, np.int64)
+        # from the back: of several the first is written last
+        found[pc.list_parent_indices(labels).to_numpy()[::-1]] = labels.flatten().to_numpy()[::-1]
+        return found
+
     def absolute_path(self, row: Row) -> Path:
         """Say which file a row's video is.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -85,6 +86,8 @@ class VideoDataModule(L.LightningDataModule):
         max_failures: share of an epoch (read by a callback).
         shuffle: False repeats the first epoch's order and clips.
         drop_last: every training batch has `batch_size` clips; what is left over waits.
+        balance: 0: an epoch has every training video once; 1: as many of each class, drawn by chance; between
+            them, classes in proportion to their size to the power of `1 - balance`.
         prefetch: batches that each worker makes ahead.
         time_limit: seconds that one video may take before its worker is replaced.
         start_method: of the workers: fork, spawn or forkserver; None: the platform's.
@@ -130,6 +133,7 @@ class VideoDataModule(L.LightningDataModule):
         max_failures: float = 0.1,
         shuffle: bool = True,
         drop_last: bool = False,
+        balance: float = 0.0,
         prefetch: int = 2,
         time_limit: float = 300.0,
         start_method: str | None = None,
@@ -192,6 +196,11 @@ class VideoDataModule(L.LightningDataModule):
         self.wanted_workers = workers
         self.decoder, self.on_error, self.max_failures = decoder, on_error, max_failures
         self.shuffle, self.drop_last, self.seed = shuffle, drop_last, seed
+        if not is_number(balance) or not 0 <= balance <= 1:
+            raise UserError(f"data.balance is {balance!r}; it must be a number from 0 to 1")
+        if balance and multi_label:
+            raise UserError("data.balance is for one label a video; set it to 0")
+        self.balance = balance
         self.prefetch, self.time_limit, self.start_method = prefetch, time_limit, start_method
         self.cache, self.cache_gb, self.shard_cache_gb = cache, cache_gb, shard_cache_gb
         self.cache_dir = Path(cache_dir).expanduser()
@@ -246,6 +255,9 @@ class VideoDataModule(L.LightningDataModule):
                 f" it once), or data.flow={'|'.join(METHODS)} to compute it as it goes"
             )
         self.inputs = tuple(inputs)
+        for key in ("rand_augment", "erase"):
+            if getattr(self.augment, key) and ("video" not in inputs or "flow" in inputs):
+                raise UserError(f"augment.{key} is for networks of frames alone; set it to 0")
         _ = self.flow  # refused here, before a run has its folder
 
     @property
@@ -415,13 +427,10 @@ class VideoDataModule(L.LightningDataModule):
     def transform(self) -> DeviceTransform:
         """Step 7 of the data's way."""
         if self._transform is None:
-            augment = self.augment
             self._transform = DeviceTransform(
                 self.clip.mean,
                 self.clip.std,
-                augment.color,
-                augment.mixup,
-                augment.cutmix,
+                self.augment,
                 self.num_classes,
                 self.compile,
                 lazily_above=4 * self.views["memory"] << 20,  # four bytes a pixel, not one
@@ -495,10 +504,26 @@ class VideoDataModule(L.LightningDataModule):
         """Random clips of the training split, an order of its own each epoch."""
         dataset = self.dataset(self.split_of("train"), training=True)
         order = TrainingOrder(
-            len(dataset), self.batch_size, self.seed, *self._rank(), self.shuffle, self.drop_last
+            len(dataset),
+            self.batch_size,
+            self.seed,
+            *self._rank(),
+            self.shuffle,
+            self.drop_last,
+            self._row_weights(),
         )
         order.epoch, order.start = self.start_at
         return self._loader(dataset, order)
+
+    def _row_weights(self) -> np.ndarray | None:
+        """Weigh the training rows so that classes come in the proportions that `balance` asks for."""
+        if not self.balance:
+            return None
+        rows = self.manifest.split("train")
+        labels = self.manifest.first_labels()[rows]
+        counts = self.manifest.label_counts("train").astype(float)
+        weights: np.ndarray = counts[labels] ** -self.balance
+        return weights
 
     def extra_batches(self, count: int, epoch: int) -> Iterator[dict[str, Any]]:
         """Give training batches beside an epoch's own, of another order: as many, or all there are."""

@@ -28,6 +28,7 @@ class TrainingOrder(Sampler[list[Key]]):
         rank: this one.
         world: how many ranks there are.
         shuffle: anew each epoch.
+        weights: of the rows, which are then drawn by chance, again and again, in proportion; None: each once.
         drop_last: make every batch `batch_size` large, unless there is not even one; the rows that
             are left over wait for the next epoch's shuffle, and without `shuffle` for ever.
 
@@ -45,10 +46,12 @@ class TrainingOrder(Sampler[list[Key]]):
         world: int,
         shuffle: bool = True,
         drop_last: bool = False,
+        weights: np.ndarray | None = None,
     ) -> None:
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
         self.rank, self.world, self.shuffle = rank, world, shuffle
         self.drop_last = drop_last
+        self.weights = None if weights is None else weights / weights.sum()
         self.epoch = 0
         self.start = 0
 
@@ -75,7 +78,10 @@ class TrainingOrder(Sampler[list[Key]]):
         start, self.start = self.start, 0
         count = len(self)
         rng = np.random.default_rng([self.seed, self.epoch if self.shuffle else 0])
-        order = rng.permutation(self.rows)
+        if self.weights is None:
+            order = rng.permutation(self.rows)
+        else:
+            order = rng.choice(self.rows, self.rows, p=self.weights)
         seeds = rng.integers(2**62, size=self.rows)
         used = min(self.rows, count * self.batch_size * self.world)
         edges = np.arange(count + 1) * used // count if count else np.zeros(1, int)

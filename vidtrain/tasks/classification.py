@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
@@ -26,14 +28,46 @@ class Classification(VideoTask):
     the label, and one score made of all of them after the mean over views. Metrics: top-1, top-5 and
     the mean over classes of their accuracy; with many labels mAP (mean over classes of the average
     precision) and Sports-1M's hit@1 and hit@5.
+
+    Args:
+        num_classes: K.
+        multi_label: whether a video may have several labels.
+        label_smoothing: share of the target that all classes get, in training.
+        class_weights: `balanced`: in training a video counts in inverse proportion to how many there are of
+            its class, on average 1; or K numbers; None: all count the same.
     """
 
-    def __init__(self, num_classes: int, multi_label: bool = False, label_smoothing: float = 0.0):
+    class_weight: Tensor | None
+
+    def __init__(
+        self,
+        num_classes: int,
+        multi_label: bool = False,
+        label_smoothing: float = 0.0,
+        class_weights: str | Sequence[float] | None = None,
+    ) -> None:
         self.num_classes, self.multi_label = num_classes, multi_label
         self.label_smoothing = label_smoothing
         if multi_label and label_smoothing:
             raise UserError("task.label_smoothing is for one label a video; set it to 0")
+        if class_weights is not None and multi_label:
+            raise UserError("task.class_weights is for one label a video; set it to null")
         super().__init__()
+        self.balanced = class_weights == "balanced"
+        weight = None
+        if class_weights is not None and not self.balanced:
+            weight = _weights(class_weights, num_classes)
+        self.register_buffer("class_weight", weight, persistent=False)
+
+    def on_fit_start(self) -> None:
+        """Weigh the classes by the training videos there are, where it is asked for."""
+        if self.balanced:
+            counts = self.trainer.datamodule.manifest.label_counts("train")  # type: ignore[attr-defined]
+            shares = torch.zeros(self.num_classes)
+            shares[: len(counts)] = torch.from_numpy(counts).float()
+            there = shares > 0
+            shares[there] = shares.sum() / (there.sum() * shares[there])
+            self.class_weight = shares.to(self.device)
 
     def metrics(self) -> MetricCollection:
         """Make the metrics of whole videos."""
@@ -73,7 +107,8 @@ class Classification(VideoTask):
             target = target.int()
         else:
             smoothing = self.label_smoothing if self.training else 0.0
-            loss = cross_entropy(each.flatten(0, 1), repeated, smoothing)
+            weight = self.class_weight if self.training else None
+            loss = cross_entropy(each.flatten(0, 1), repeated, smoothing, weight)
         scores = self.activate(logits.detach())
         clip_scores = self.fuse(scores.flatten(0, 1)).unflatten(0, scores.shape[:2])
         return StepOutput(loss, self.fuse(scores.mean(1)), clip_scores, target)
@@ -85,3 +120,14 @@ class Classification(VideoTask):
     def probabilities(self, logits: Tensor) -> Tensor:
         """Turn `(B, V, K)` or `(B, V, S, K)` logits into `(B, K)` scores of videos."""
         return self.fuse(self.activate(logits.float()).mean(1))
+
+
+def _weights(values: Any, num_classes: int) -> Tensor:
+    numbers = [
+        v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool) and v >= 0
+    ]
+    if isinstance(values, str) or len(numbers) != num_classes or len(values) != num_classes:
+        raise UserError(
+            f"task.class_weights is {values!r}; it is balanced, null or {num_classes} numbers, one a class"
+        )
+    return torch.tensor([float(number) for number in numbers])

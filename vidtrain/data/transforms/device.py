@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from vidtrain.data.flow import ZERO
 from vidtrain.data.spill import Spill
-from vidtrain.data.transforms import mixing
+from vidtrain.data.transforms import mixing, strong
+from vidtrain.data.transforms.sample import Augment
 
 
 def gather_views(frames: Tensor, view_frames: Tensor, view_crops: np.ndarray) -> Tensor:
@@ -121,9 +122,8 @@ class DeviceTransform(nn.Module):
     Args:
         mean: of R, G and B, in 0 to 1.
         std: of R, G and B.
-        color: see `jitter_colors`: factors are drawn from `1 - color` to `1 + color`.
-        mixup: alpha of Mixup, in training.
-        cutmix: alpha of CutMix, in training.
+        augment: what is done to training clips here: its `color` (see `jitter_colors`: factors are drawn
+            from `1 - color` to `1 + color`), `mixup`, `cutmix`, `rand_augment` and `erase`.
         num_classes: needed to mix labels.
         compile: fuse it all into one kernel; None: on a GPU. Where there is no compiler it is done
             one by one.
@@ -138,9 +138,7 @@ class DeviceTransform(nn.Module):
         self,
         mean: Sequence[float],
         std: Sequence[float],
-        color: float = 0.0,
-        mixup: float = 0.0,
-        cutmix: float = 0.0,
+        augment: Augment | None = None,
         num_classes: int | None = None,
         compile: bool | None = None,
         lazily_above: int = 4 << 30,
@@ -150,7 +148,8 @@ class DeviceTransform(nn.Module):
         means, stds = (torch.tensor(list(part)).view(3, 1, 1, 1) for part in (mean, std))
         self.register_buffer("scale", 1 / (255 * stds), False)
         self.register_buffer("shift", -means / stds, False)
-        self.color, self.mixup, self.cutmix = color, mixup, cutmix
+        self.augment = augment or Augment()
+        self.fill = [round(255 * part) for part in mean]  # becomes 0
         self.num_classes, self.compile_on = num_classes, compile
         self.lazily_above = lazily_above
         self.flow_mean = flow_mean
@@ -178,18 +177,23 @@ class DeviceTransform(nn.Module):
         if self.training:
             # Not the global generator: a run that goes on must draw what was still to come.
             rng = np.random.default_rng([batch["seed"], 1])
-            shape = batch[keys[0]].shape
-            if self.color:
-                draws = rng.uniform(-self.color, self.color, (3, *shape[:2]))
+            augment, shape = self.augment, batch[keys[0]].shape
+            if augment.color:
+                draws = rng.uniform(-augment.color, augment.color, (3, *shape[:2]))
                 factors = torch.from_numpy(1 + draws).float()
             height, width = shape[-2:]
-            mix = mixing.draw(height, width, self.mixup, self.cutmix, rng)
+            mix = mixing.draw(height, width, augment.mixup, augment.cutmix, rng)
             if mix is not None:
                 assert self.num_classes is not None
                 weight = mix.weight
                 batch["label"] = mixing.mix_labels(batch["label"], mix.share, self.num_classes)
+            if augment.rand_augment:
+                ops, magnitude = augment.rand_augment, augment.rand_magnitude
+                batch["video"] = strong.rand_augment(batch["video"], ops, magnitude, self.fill, rng)
         if "video" in batch:
             batch["video"] = self.to_float(batch["video"], factors, weight)
+            if self.training and self.augment.erase:
+                strong.erase(batch["video"], self.augment.erase, self.augment.erase_area, rng)
         if "flow" in batch:
             batch["flow"] = self.flow_to_float(batch["flow"], steps, weight)
         return batch

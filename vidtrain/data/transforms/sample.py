@@ -59,6 +59,10 @@ class Augment:
     mixup: float = 0.0
     cutmix: float = 0.0
     repeats: int = 1
+    rand_augment: int = 0
+    rand_magnitude: int = 9
+    erase: float = 0.0
+    erase_area: Sequence[float] = (0.02, 1 / 3)
 
     def __post_init__(self) -> None:
         """Refuse knobs that cannot be turned that way."""
@@ -68,6 +72,7 @@ class Augment:
             ("scale", 1.0, math.inf),
             ("area", 0.0, 1.0),
             ("ratio", 0.0, math.inf),
+            ("erase_area", 0.0, 1.0),
         ):
             span = getattr(self, name)
             right = span is None or (
@@ -84,11 +89,18 @@ class Augment:
             value = getattr(self, name)
             if not is_number(value) or not 0 <= value < math.inf:
                 raise UserError(f"augment.{name} is {value!r}; it must be a number, at least 0")
-        if not isinstance(self.repeats, int) or isinstance(self.repeats, bool) or self.repeats < 1:
-            raise UserError(
-                f"augment.repeats is {self.repeats!r}; it must be a whole number, at least 1"
-            )
-        for name in ("hflip", "color"):
+        for name, least, most in (
+            ("repeats", 1, math.inf),
+            ("rand_augment", 0, math.inf),
+            ("rand_magnitude", 0, 30),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+                limit = f", at most {most}" if most < math.inf else ""
+                raise UserError(
+                    f"augment.{name} is {value!r}; it must be a whole number, at least {least}{limit}"
+                )
+        for name in ("hflip", "color", "erase"):
             value = getattr(self, name)
             if not is_number(value) or not 0 <= value <= 1:
                 raise UserError(f"augment.{name} is {value!r}; it must be between 0 and 1")
