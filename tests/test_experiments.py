@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from vidtrain.config import conf_dir
+from vidtrain.config import conf_dir, resolved
 
 RECIPES = sorted(
     path.relative_to(conf_dir() / "experiment").with_suffix("").as_posix()
@@ -47,8 +47,16 @@ def test_it_names_its_score_and_what_it_takes(compose, recipe):
     cfg = compose("train", f"experiment={recipe}")
     published = dict(cfg.published)
     assert published.pop("source")
+    assert published.pop("tolerance") == 0.5 or "Tolerance: " in text  # another needs a reason
     assert published and all(0 < score < 100 for score in published.values())
     assert cfg.test
+    assert resolved(compose("verify", f"experiment={recipe}"))["views"] == cfg.views
+
+
+def test_a_recipe_without_a_published_score_says_so(compose):
+    assert dict(compose("train", "experiment=demo").published) == {
+        "source": "no published score: the videos are vidtrain's own"
+    }
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ def commands() -> list[list[str]]:
             words = shlex.split(line, comments=True)[1:]
             if (
                 words[0] in VERBS
-                and words[0] != "completion"
+                and words[0] not in ("completion", "report")  # whose words are no config's
                 and not any("..." in w for w in words)
             ):
                 found.append(words)

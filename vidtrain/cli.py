@@ -9,6 +9,8 @@ from vidtrain import __version__
 VERBS = {
     "train": "train a model; test=true also tests its best checkpoint",
     "test": "score a checkpoint on many clips of each video",
+    "report": "runs/A runs/B [output=report.html]: what they scored, side by side on one page",
+    "verify": "test a checkpoint under a recipe's protocol and compare with the published score",
     "predict": "name what is in your videos",
     "extract": "write the features of whole videos, to train on (data=features) or for other tools",
     "summary": "layers, shapes, receptive fields, parameters, multiply-adds",
@@ -50,10 +52,10 @@ def main() -> None:
         hint = f"; did you mean '{near[0]}'?" if near else ""
         print(f"vidtrain: no verb '{verb}'{hint} (one of: {', '.join(VERBS)})", file=sys.stderr)
         sys.exit(2)
-    if verb == "completion":
-        from vidtrain.commands import completion
+    if verb in ("completion", "report"):  # whose words are no config's
+        from importlib import import_module
 
-        sys.exit(completion.main(rest))
+        sys.exit(import_module(f"vidtrain.commands.{verb}").main(rest))
     from vidtrain import config
 
     try:

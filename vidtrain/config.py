@@ -25,12 +25,20 @@ if TYPE_CHECKING:
 # Values that are names of files, or patterns: Hydra's grammar would trip over their spaces, commas, '='
 # and brackets.
 FILE_KEYS = (
-    "ckpt", "input", "output", "resume", "data.root", "data.annotations", "model.weights", "freeze",
+    "ckpt", "run", "input", "output", "resume", "data.root", "data.annotations", "model.weights", "freeze",
 )  # fmt: skip
 LISTS = {
     "model.weights": "{",
     "freeze": "[",
 }  # how a file for each part, and several patterns, begin
+
+# Plugins of Hydra's that are extras, by the name that chooses them.
+EXTRAS = {
+    "joblib": "sweep",
+    "submitit_slurm": "slurm",
+    "submitit_local": "slurm",
+    "optuna": "optuna",
+}
 
 # What a verb cannot do without.
 REQUIRED = {
@@ -165,6 +173,9 @@ def check_overrides(verb: str, overrides: Sequence[str]) -> None:
                 if stem not in known:
                     if folder == group and group == "experiment":
                         known = _experiments(loader, group)
+                    if group.startswith("hydra/") and stem in EXTRAS:
+                        what = f"vidtrain[{EXTRAS[stem]}]"
+                        raise UserError(f"{group}={stem} is not installed: pip install '{what}'")
                     raise UserError(f"no {group} '{name}'{nearest(name, known)}")
     choices = [o for o in parsed if is_group(o.key_or_group)]
     try:
@@ -248,7 +259,6 @@ def run(verb: str, args: list[str]) -> None:
         fail(verb, error)
 
     sys.argv = [sys.argv[0], *args]
-    sys.path.append(os.getcwd())  # `model._target_=mine.net` of a file beside the user
     os.environ.setdefault(
         "HYDRA_FULL_ERROR", "1"
     )  # a bug is shown whole; a mistake never gets there
@@ -274,30 +284,18 @@ def _task(verb: str, start: list[str]) -> Callable[[DictConfig], Any]:
     """
 
     def task(cfg: DictConfig) -> Any:
-        from importlib import import_module
-
-        from omegaconf import OmegaConf
-        from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+        from vidtrain import sweep
 
         sys.argv = [*start, *task_overrides()]
-
-        def refuse(error: UserError) -> None:
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())  # `model._target_=mine.net` of a file beside the user
+        if sweep.is_job():
+            return sweep.attempt(lambda: _call(verb, cfg), cfg)
+        try:
+            code = _call(verb, cfg)
+        except UserError as error:
             forget_empty_run()
             fail(verb, error)
-
-        try:
-            if not isinstance(cfg.seed, int) or cfg.seed < 0:
-                raise UserError(f"seed is {cfg.seed!r}; it must be a whole number from 0")
-            for key in REQUIRED.get(verb, ()):
-                if OmegaConf.is_missing(cfg, key) or cfg[key] is None:
-                    raise UserError(f"{key} is not set; add {key}=...")
-            code = import_module(f"vidtrain.commands.{verb}").main(cfg)
-        except UserError as error:
-            refuse(error)
-        except MissingMandatoryValue as error:
-            refuse(UserError(f"{error.full_key} is not set; add {error.full_key}=..."))
-        except OmegaConfBaseException as error:
-            refuse(UserError(one_line(error)))
         except KeyboardInterrupt:
             forget_empty_run()
             print(f"\nvidtrain {verb}: interrupted", file=sys.stderr)
@@ -307,6 +305,30 @@ def _task(verb: str, start: list[str]) -> Callable[[DictConfig], Any]:
         return code
 
     return task
+
+
+def _call(verb: str, cfg: DictConfig) -> Any:
+    """Call a verb's main.
+
+    Raises:
+        UserError: for every mistake of the user's, a missing value among them.
+    """
+    from importlib import import_module
+
+    from omegaconf import OmegaConf
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+    try:
+        if not isinstance(cfg.seed, int) or cfg.seed < 0:
+            raise UserError(f"seed is {cfg.seed!r}; it must be a whole number from 0")
+        for key in REQUIRED.get(verb, ()):
+            if OmegaConf.is_missing(cfg, key) or cfg[key] is None:
+                raise UserError(f"{key} is not set; add {key}=...")
+        return import_module(f"vidtrain.commands.{verb}").main(cfg)
+    except MissingMandatoryValue as error:
+        raise UserError(f"{error.full_key} is not set; add {error.full_key}=...") from None
+    except OmegaConfBaseException as error:
+        raise UserError(one_line(error)) from None
 
 
 def forget_empty_run() -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from vidtrain import sweep
 from vidtrain.types import UserError
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ def build(
         project: WANDB_PROJECT, else "vidtrain", where null.
         entity: user or team; W&B's own default where null.
         name: of the run; WANDB_NAME, else from the run's folder, where null.
-        group: of runs; WANDB_RUN_GROUP, else the folder around the run's, where null.
+        group: of runs; WANDB_RUN_GROUP, else the sweep: W&B's own (WANDB_SWEEP_ID) or the folder of
+            ours, else the folder around the run's, where null.
         tags: of the run.
         init_timeout: seconds that a server has for its first answer.
 
@@ -82,12 +84,18 @@ def build(
             project=project or os.environ.get("WANDB_PROJECT") or "vidtrain",
             entity=entity,
             name=name or os.environ.get("WANDB_NAME") or "/".join(run_dir.resolve().parts[-2:]),
-            group=group or os.environ.get("WANDB_RUN_GROUP") or run_dir.resolve().parent.name,
+            group=group or _group(run_dir),
             tags=tags,
             init_timeout=init_timeout,
         )
         loggers += [logger] if logger else []
     return loggers
+
+
+def _group(run_dir: Path) -> str:
+    """Name what a run belongs to: what the environment says, its sweep, or the folder around it."""
+    words = (os.environ.get("WANDB_RUN_GROUP"), os.environ.get("WANDB_SWEEP_ID"))
+    return next(filter(None, words), None) or (sweep.folder() or run_dir.resolve().parent).name
 
 
 @contextmanager

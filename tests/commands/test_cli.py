@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from vidtrain import cli
+
 
 def test_help_imports_nothing_heavy():
     code = (
@@ -17,7 +19,7 @@ def test_help_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "vidtrain VERB key=value" in done.stdout
-    for verb in ("train", "test", "predict", "extract", "summary", "bench", "data", "completion"):
+    for verb in cli.VERBS:
         assert f"\n  {verb} " in done.stdout
 
 

@@ -98,6 +98,7 @@ ZSH = (["zsh", "-f", "-i"], "autoload -Uz compinit; compinit -u; source ./zsh; b
         ("vidtrain completion ba", "<vidtrain><completion><bash><END>"),
         ("vidtrain predict input=my", "<vidtrain><predict><input=my clip.mp4><END>"),
         ("vidtrain predict input=cl", "<vidtrain><predict><input=clips/END>"),
+        ("vidtrain report cl", "<vidtrain><report><clips/END>"),
     ],
 )
 def test_a_tab_completes(place, shell, keys, words):

@@ -24,6 +24,9 @@ def test_rates_by_hand():
 
 
 def test_mistakes_are_named():
+    for wrong in ("abc", 0, -0.1, None, True):
+        with pytest.raises(UserError, match=r"optim\.lr is"):
+            scaled(wrong, Batch(4), {})
     with pytest.raises(UserError, match=r"optim\.scaling is 'cubic'; it is one of linear, sqrt"):
         scaled(0.1, Batch(4), {"reference_batch": 4, "scaling": "cubic"})
     for wrong in (0, 2.5, True):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from vidtrain.layers.head import head_names
 from vidtrain.models.c3d import c3d
 from vidtrain.models.cnn_lstm import cnn_lstm
 from vidtrain.models.fusion import late_fusion_pool, single_frame
@@ -13,7 +14,7 @@ from vidtrain.models.resnet3d import r3d_18
 from vidtrain.models.slow import slow_r50_4x16
 from vidtrain.models.two_stream import two_stream
 from vidtrain.types import UserError
-from vidtrain.weights.layout import Facts, File, head_names
+from vidtrain.weights.layout import Facts, File
 from vidtrain.weights.load import LAYOUTS, Part, colours, fill, layout_of, open_parts
 
 K = 4

@@ -36,6 +36,11 @@ BASH = r"""_vidtrain() {
         COMPREPLY=($(compgen -W "@SHELLS@" -- "$word"))
         return
     fi
+    if [[ ${words[1]} == report ]]; then
+        compopt -o filenames
+        mapfile -t COMPREPLY < <(compgen -d -- "$word")
+        return
+    fi
     rest=${line#*"${words[0]}"}
     rest=${rest#*"${words[1]}"}
     answers=$(COMP_LINE="vidtrain$rest" "${words[0]/#\~/$HOME}" "${words[1]}" \
@@ -69,6 +74,9 @@ _vidtrain() {
     elif [[ $words[2] == completion ]]; then
         compadd -a shells
         return
+    elif [[ $words[2] == report ]]; then
+        _files -/
+        return
     fi
     local line="vidtrain ${(j: :)words[3,CURRENT-1]} $PREFIX"
     answers=(${=$(COMP_LINE=$line ${~words[1]} $words[2] -sc query=bash 2>/dev/null </dev/null)})
@@ -101,9 +109,11 @@ end
 complete -c vidtrain -f
 @FISH_VERBS@
 complete -c vidtrain -n '__vidtrain_at eq 2; and __fish_seen_subcommand_from completion' -a '@SHELLS@'
-complete -c vidtrain -n '__vidtrain_at ge 2; and not __fish_seen_subcommand_from completion' \
+complete -c vidtrain -n '__vidtrain_at ge 2; and not __fish_seen_subcommand_from completion report' \
     -a '(__vidtrain_answers)'
-complete -c vidtrain -F -n 'string match -qr "^(ckpt|input|output|resume|data\.(root|annotations))=" -- (commandline -ct)'
+complete -c vidtrain -n '__vidtrain_at ge 2; and __fish_seen_subcommand_from report' \
+    -a '(__fish_complete_directories (commandline -ct))'
+complete -c vidtrain -F -n 'string match -qr "^(ckpt|run|input|output|resume|data\.(root|annotations))=" -- (commandline -ct)'
 """
 
 

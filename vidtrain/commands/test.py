@@ -36,9 +36,33 @@ def main(cfg: DictConfig) -> int | None:
             raise UserError(f"{group}= cannot be changed in a test: it comes out of the checkpoint")
     given = [word for word in overrides if word.partition("=")[0] not in OF_TEST]
     merged = config.overlay(checkpoint.config_of(saved), cfg, given)
+    score(cfg, merged, saved, path, output_folder(cfg, path, "test"), console)
+    return None
+
+
+def score(
+    cfg: DictConfig,
+    merged: DictConfig,
+    saved: dict[str, Any],
+    path: Path,
+    run_dir: Path,
+    console: Console,
+) -> dict[str, Any]:
+    """Build a checkpoint's network, score `cfg.split` with it and write the report.
+
+    Args:
+        cfg: this command's config: trainer, callbacks, loggers, split, allow.
+        merged: the checkpoint's config with what is changed for this test: data, clip, views.
+        saved: the checkpoint.
+        path: its file.
+        run_dir: where the report goes.
+        console: what is said.
+
+    Returns:
+        What `report.json` holds.
+    """
     merged = checkpoint.plain(merged, path)
     L.seed_everything(merged.seed, workers=True, verbose=False)
-
     task = checkpoint.build_task(saved, path, cfg.allow)
     task.views_per_forward = merged.views.per_forward
     ours = list(
@@ -51,23 +75,21 @@ def main(cfg: DictConfig) -> int | None:
     compare_labels(saved["vidtrain"]["label_names"], data.label_names, path)
     compare_data(saved["vidtrain"], data, console)
 
-    run_dir = output_folder(cfg, path)
     run_dir.mkdir(parents=True, exist_ok=True)
     with closing(build.loggers(cfg, run_dir)) as loggers:
         trainer = build.trainer(cfg, run_dir, build.callbacks(cfg, run_dir), loggers)
-        run_test(data, task, trainer, run_dir, path, console)
-    return None
+        return run_test(data, task, trainer, run_dir, path, console)
 
 
 OF_TEST = ("ckpt", "split", "output", "allow", "test", "resume")
 
 
-def output_folder(cfg: DictConfig, path: Path) -> Path:
+def output_folder(cfg: DictConfig, path: Path, verb: str) -> Path:
     """Choose where the report goes: `output`, else a new folder in the checkpoint's run."""
     if cfg.output:
         return Path(cfg.output).expanduser()
     run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-    return run / f"test-{cfg.split}-{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    return run / f"{verb}-{cfg.split}-{time.strftime('%Y-%m-%d_%H-%M-%S')}"
 
 
 def compare_labels(trained: list[str], tested: list[str], path: Path) -> None:

@@ -49,6 +49,8 @@ def scaled(lr: float, batch: Batch, optim: Mapping[str, Any]) -> tuple[float, st
     Raises:
         UserError: a setting out of its range.
     """
+    if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not lr > 0:
+        raise UserError(f"optim.lr is {lr!r}; it is a number above 0")
     reference, rule = optim.get("reference_batch"), optim.get("scaling", "linear")
     if rule not in RULES:
         raise UserError(f"optim.scaling is {rule!r}; it is one of {', '.join(RULES)}")

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from vidtrain.layers.head import head_names
 from vidtrain.types import UserError
-from vidtrain.weights.layout import head_names
 
 
 def chosen(module: nn.Module, pattern: str, key: str) -> list[str]:

@@ -1,6 +1,6 @@
 """Numbers as pictures for a web page: line charts as SVG, a confusion matrix as a small PNG.
 
-Colours come from the page's style sheet (classes `s0` to `s3`), so that a chart follows the
+Colours come from the page's style sheet (classes `s0` to `s7`), so that a chart follows the
 reader's light or dark theme.
 """
 
@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 214, 46, 10, 10, 30
+COLOURS = 8  # of lines; from the ninth on they are dashed
 MOST_POINTS = 240  # of one line: what its pixels can show
 RIGHT_COLOUR, WRONG_COLOUR = (58, 134, 190), (222, 110, 45)  # seen on white and on black
 
@@ -70,11 +71,11 @@ def line_chart(title: str, series: Mapping[str, Sequence[Point]], *, percent: bo
     if not lines:
         return ""
     axes, plane = _axes([point for points in lines.values() for point in points], percent)
-    drawn = "".join(_line(points, plane, i) for i, points in enumerate(lines.values()))
+    number = {name: i for i, name in enumerate(series)}  # a line left out leaves its colour free
+    drawn = "".join(_line(points, plane, number[name]) for name, points in lines.items())
     legend = "".join(
-        f'<li><svg class="key" viewBox="0 0 16 10" aria-hidden="true"><path class="line s{i % 4}" '
-        f'd="M1,5H15"/></svg>{escape(name)} <output>{_value(points[-1].value, percent)}</output></li>'
-        for i, (name, points) in enumerate(lines.items())
+        f"<li>{key(number[name])}{escape(name)} <output>{_value(points[-1].value, percent)}</output></li>"
+        for name, points in lines.items()
     )
     data = [
         [
@@ -102,6 +103,18 @@ def line_chart(title: str, series: Mapping[str, Sequence[Point]], *, percent: bo
         f'<p class="at">{_last_step(lines)}</p>'
         f'<script type="application/json">{as_json(data)}</script></figure>'
     )
+
+
+def key(line: int) -> str:
+    """Draw the little line of a legend, in the colour of the line of this number."""
+    return (
+        '<svg class="key" viewBox="0 0 16 10" aria-hidden="true">'
+        f'<path class="line {_style(line)}" d="M1,5H15"/></svg>'
+    )
+
+
+def _style(line: int) -> str:
+    return f"s{line % COLOURS}" + (" dashed" if line // COLOURS % 2 else "")
 
 
 def heat_map(counts: np.ndarray) -> bytes:
@@ -174,10 +187,12 @@ def _axes(points: Sequence[Point], percent: bool) -> tuple[str, Plane]:
 def _line(points: Sequence[Point], plane: Plane, colour: int) -> str:
     """Draw one line, with its points where they are few."""
     at = [(plane.x(point.step), plane.y(point.value)) for point in points]
-    svg = f'<path class="line s{colour % 4}" d="M{"L".join(f"{x:.1f},{y:.1f}" for x, y in at)}"/>'
+    svg = (
+        f'<path class="line {_style(colour)}" d="M{"L".join(f"{x:.1f},{y:.1f}" for x, y in at)}"/>'
+    )
     if len(points) <= 30:
         for x, y in at:
-            svg += f'<circle class="dot s{colour % 4}" cx="{x:.1f}" cy="{y:.1f}" r="2.2"/>'
+            svg += f'<circle class="dot s{colour % COLOURS}" cx="{x:.1f}" cy="{y:.1f}" r="2.2"/>'
     return svg
 
 

@@ -8,6 +8,7 @@ for (const figure of document.querySelectorAll(".chart")) {
   const svg = figure.querySelector("svg[role=img]");
   const cursor = svg.querySelector(".cursor");
   const outputs = [...figure.querySelectorAll("output")];
+  const dots = [...figure.querySelectorAll(".key path")].map((path) => path.getAttribute("class").replace("line", "dot"));
   const at = figure.querySelector(".at");
   const lasts = outputs.map((output) => output.textContent);
   const last = at.textContent;
@@ -25,7 +26,7 @@ for (const figure of document.querySelectorAll(".chart")) {
     cursor.replaceChildren();
     shape("line", { x1: px, x2: px, y1: 10, y2: 184 });
     found.forEach((point, i) => {
-      shape("circle", { cx: point[0], cy: point[1], r: 4, class: "dot s" + (i % 4) });
+      shape("circle", { cx: point[0], cy: point[1], r: 4, class: dots[i] });
       outputs[i].textContent = point[3];
     });
     at.textContent = "step " + step.toLocaleString("en") + (epoch === null ? "" : ", epoch " + epoch);

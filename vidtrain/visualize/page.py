@@ -74,7 +74,6 @@ def report_page(
         config: the resolved config, as YAML.
         open_path: opens a prediction's video; None: from its file.
     """
-    here = Path(__file__)
     known = [p for p in predictions if p.labels]
     names = _class_names(report, known)
     if report.get("multi_label"):
@@ -91,6 +90,13 @@ def report_page(
         _config(report, config),
     ]
     title = f"{report.get('model') or 'model'} on {report.get('data') or 'data'}"
+    head = f"{_header(report, title)}\n{_headline(report, known)}\n"
+    return document(title, head + "".join(sections))
+
+
+def document(title: str, body: str) -> str:
+    """Put HTML into a page with our style and script that may load nothing from anywhere."""
+    here = Path(__file__).with_name("page.css")
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -100,13 +106,11 @@ def report_page(
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <title>{escape(title)}</title>
 <style>
-{here.with_suffix(".css").read_text(encoding="utf-8")}</style>
+{here.read_text(encoding="utf-8")}</style>
 </head>
 <body>
 <main>
-{_header(report, title)}
-{_headline(report, known)}
-{"".join(sections)}
+{body}
 </main>
 <script>
 {here.with_suffix(".js").read_text(encoding="utf-8")}</script>

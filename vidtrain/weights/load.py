@@ -22,6 +22,7 @@ import torch
 import torchvision.models as tv
 from torch import Tensor, nn
 
+from vidtrain.layers.head import head_names
 from vidtrain.types import UserError
 from vidtrain.weights import (
     caffe_c3d,
@@ -34,7 +35,7 @@ from vidtrain.weights import (
     torchvision,
 )
 from vidtrain.weights.files import fetch, parse_url, read
-from vidtrain.weights.layout import Colour, Facts, File, Layout, Renamed, head_names
+from vidtrain.weights.layout import Colour, Facts, File, Layout, Renamed
 
 # In the order in which a file's keys are compared with them.
 LAYOUTS: dict[str, Layout] = {

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from vidtrain.layers.head import head_names
 from vidtrain.layers.image import TorchvisionNet
 from vidtrain.weights.image import HEADS
-from vidtrain.weights.layout import Facts, File, Layout, Renamed, head_names
+from vidtrain.weights.layout import Facts, File, Layout, Renamed
 
 KEY = "vidtrain"
 

@@ -1,0 +1,61 @@
+"""Two ranks learn what one learns: split batches (DDP), split networks (FSDP2)."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from vidtrain import checkpoint
+from vidtrain.parallel import blocks
+
+LINE = [
+    "model=toy_3d_cnn", "clip.num_frames=4", "clip.size=16",
+    "data=folder", "data.workers=0", "data.shuffle=true", "augment=none", "trainer.max_epochs=2",
+    "logger=csv", "trainer.log_every_n_steps=1", "optim=sgd_cosine", "optim.lr=0.05", "test=true",
+    "views.clips=2", "views.crops=1", "trainer.precision=32-true",
+]  # fmt: skip
+
+
+def train(root: Path, folder: Path, *words: str) -> tuple[dict, dict]:
+    folder.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "vidtrain", "train", *LINE, f"data.root={root}", *words],
+        cwd=folder, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    (run,) = folder.glob("runs/*/*")
+    saved = checkpoint.load(run / "checkpoints" / "last.ckpt")["state_dict"]
+    return saved, json.loads((run / "report.json").read_text())
+
+
+def test_blocks_are_the_rows_of_a_network():
+    net = nn.ModuleDict(
+        {
+            "stem": nn.Conv2d(3, 4, 1),
+            "blocks": nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(2)),
+            "head": nn.Linear(4, 2),
+        }
+    )
+    assert blocks(net) == list(net["blocks"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
+def test_two_ranks_end_where_one_does(tiny_dataset, tmp_path, trainer):
+    """24 videos: batches of 8, or 4 on each of two ranks."""
+    cpu = ["trainer=cpu", "data.batch_size=8"]
+    one, report = train(tiny_dataset, tmp_path / "one", *cpu)
+    two = ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.benchmark=false"]
+    many, again = train(
+        tiny_dataset, tmp_path / trainer, f"trainer={trainer}", *two, "data.batch_size=4"
+    )
+    assert set(one) == set(many)
+    for key, tensor in one.items():
+        torch.testing.assert_close(many[key], tensor, rtol=1e-3, atol=1e-4, msg=key)
+    assert again["videos"] == report["videos"] and again["metrics"] == pytest.approx(
+        report["metrics"], abs=1e-3
+    )

@@ -1,0 +1,84 @@
+"""Split a network over ranks (FSDP2): `trainer=fsdp`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as L
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+
+from vidtrain.types import UserError
+
+if TYPE_CHECKING:
+    from vidtrain.tasks.base import VideoTask
+
+
+class Sharded(ModelParallelStrategy):
+    """Lightning's strategy for FSDP2, over all ranks. A checkpoint is one file, as everywhere."""
+
+    def __init__(self) -> None:
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
+
+    def setup_environment(self) -> None:
+        """Count the ranks, which Lightning takes for as many as there are machines."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+
+def prepare(task: VideoTask, trainer: L.Trainer) -> None:
+    """Have the task's network split where the trainer's strategy wants it; else do nothing.
+
+    Raises:
+        UserError: an average of the weights is kept, of which each rank would need all.
+    """
+    from vidtrain.callbacks.averaging import EMA, SWA
+
+    if not isinstance(trainer.strategy, Sharded):
+        return
+    if any(isinstance(callback, (EMA, SWA)) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise UserError("callbacks.ema and callbacks.swa need whole weights: take trainer=ddp")
+    # On this one task: Lightning looks for the hook, and warns of it where nothing is split.
+    task.configure_model = partial(shard, task)  # type: ignore[method-assign]
+
+
+def shard(task: VideoTask) -> None:
+    """Split each block, then what is left: a block's weights are whole only while it computes."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = task.device_mesh["data_parallel"]  # type: ignore[index]
+    network = task.model
+    if getattr(network, "is_sharded", False):  # `fit`, then `test`
+        return
+    for block in blocks(network):
+        fully_shard(block, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+    network.is_sharded = True  # type: ignore[assignment]
+
+
+def blocks(network: nn.Module) -> list[nn.Module]:
+    """List the blocks of a network's numbered rows (`res3.1`, `blocks.7`), outermost alone."""
+    found: list[nn.Module] = []
+    inside: str | None = None
+    for name, module in network.named_modules():
+        if inside is not None and name.startswith(f"{inside}."):
+            continue
+        last = name.rpartition(".")[2]
+        if re.fullmatch(r"(\w*_)?\d+", last) and next(module.parameters(), None) is not None:
+            found.append(module)
+            inside = name
+    return found
+
+
+def restore(task: VideoTask, state: Mapping[str, Tensor]) -> None:
+    """Put a whole state dict into a task, split or not."""
+    if not getattr(task.model, "is_sharded", False):
+        task.load_state_dict(state)
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    options: Any = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(task, dict(state), options=options)
