@@ -285,6 +285,8 @@ def check_optim(cfg: DictConfig) -> None:
 
 def callbacks(cfg: DictConfig, run_dir: Path) -> list[Callback]:
     """Build the callbacks of `cfg.callbacks`, in their order; a null one is left out."""
+    from lightning.pytorch.callbacks import WeightAveraging
+
     from vidtrain.callbacks.checkpoint import Checkpoint
 
     built: list[Callback] = []
@@ -297,8 +299,10 @@ def callbacks(cfg: DictConfig, run_dir: Path) -> list[Callback]:
         if isinstance(callback, Checkpoint):
             callback.dirpath = str(run_dir / "checkpoints")
         built.append(callback)
-    # Last, so that every other callback has seen what is saved.
-    return sorted(built, key=lambda callback: isinstance(callback, Checkpoint))
+    # Averages before those that may refuse a step, and last what saves what all others have seen.
+    first = [callback for callback in built if isinstance(callback, WeightAveraging)]
+    rest = [callback for callback in built if callback not in first]
+    return [*first, *sorted(rest, key=lambda callback: isinstance(callback, Checkpoint))]
 
 
 def loggers(cfg: DictConfig, run_dir: Path) -> list[Logger]:

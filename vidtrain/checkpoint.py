@@ -9,6 +9,7 @@ values, never code.
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ def describe(
         "template": OmegaConf.to_container(cfg, resolve=False),
         "label_names": list(label_names),
         "fingerprint": fingerprint,
+        "job": os.environ.get("SLURM_JOB_ID"),
     }
 
 

@@ -29,6 +29,8 @@ FAMILIES = {
     "early fusion": f"model=early_fusion {SMALL}",
     "slow fusion": f"model=slow_fusion {SMALL}",
     "cnn + lstm": f"model=cnn_lstm {SMALL} model.fc6=256 model.init=null model.dropout_features=0.2",
+    "3d cnn + lstm": "model=cnn_lstm model.segments=4 model.init=null model.dropout_features=0.2"
+    " model.backbone3d={_target_:vidtrain.models.small_3d_cnn.small_3d_cnn,num_classes:0}",
     "gru-rcn": f"model=gru_rcn {SMALL} +model.dims=[16,32,64,64,64] model.dropout=0.5",
     "r2plus1d": "model=r2plus1d_18 model.width=8",
     "slowfast": "model=slowfast_r50_4x16 +model.width=16",

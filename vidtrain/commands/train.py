@@ -16,18 +16,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 
-from vidtrain import build, checkpoint, config
+from vidtrain import build, checkpoint, config, parallel, resume
 from vidtrain.callbacks.checkpoint import Checkpoint, Stopped
+from vidtrain.callbacks.finite import NotFinite
+from vidtrain.callbacks.saving import CannotSave
 from vidtrain.commands.test import run_test
 from vidtrain.data.manifest import is_url
 from vidtrain.loggers import closing
-from vidtrain.types import UserError
 from vidtrain.weights.load import fill
-
-# Keys in which a run that is gone on with may differ from the one that stopped.
-FREE_KEYS = ("resume", "test", "split", "logger", "callbacks", "paths", "debug")
-# And those without which its state would not fit.
-PART_KEYS = ("model", "clip", "task", "freeze")
 
 
 def main(cfg: DictConfig) -> float | int | None:
@@ -41,7 +37,8 @@ def main(cfg: DictConfig) -> float | int | None:
 
     start = None if cfg.ckpt is None else checkpoint.find(cfg.ckpt)
     build.check_optim(cfg)
-    weights = build.weights(cfg, start or run_to_go_on(cfg), partial(tell_line, console))
+    named = resume.named(cfg, partial(tell_line, console))
+    weights = build.weights(cfg, start or named, partial(tell_line, console))
     with open_dict(cfg):  # so that the checkpoint can be tested from any folder
         if not is_url(cfg.data.root):
             cfg.data.root = str(Path(cfg.data.root).expanduser().absolute())
@@ -63,7 +60,7 @@ def main(cfg: DictConfig) -> float | int | None:
     )
     if task.frozen or cfg.get("freeze"):
         tell_line(console, frozen_line(task))
-    resume_from = find_run(cfg, run_dir, console)
+    resume_from = resume.find(cfg, named, run_dir, task.description, partial(tell_line, console))
     if resume_from is None:
         for part in weights:
             tell_line(console, fill(network, part, data.label_names))
@@ -82,19 +79,27 @@ def main(cfg: DictConfig) -> float | int | None:
     with closing(build.loggers(cfg, run_dir)) as loggers:
         trainer = build.trainer(cfg, run_dir, callbacks, loggers)
         tell_line(console, build.scale_rate(cfg, task, data, trainer))
+        parallel.prepare(task, trainer)
         try:
             trainer.fit(task, datamodule=data, ckpt_path=resume_from, weights_only=True)
         except Stopped as stop:
-            words = [word for word in command().split() if not word.startswith("resume=")]
-            again = " ".join([*words, f"resume={shlex.quote(str(run_dir))}"])
-            console.print(f"{stop}; go on with", highlight=False)
-            console.print(again, highlight=False, markup=False, soft_wrap=True)
+            tell_line(console, f"{stop}; go on with\n{again(run_dir)}")
             return stop.code
+        except Exception as error:
+            if saver is not None and saver.kept and not isinstance(error, CannotSave):
+                tell_line(
+                    console,
+                    f"an error ended training; the state after step {saver.kept} is kept; go on with"
+                    f"\n{again(run_dir)}",
+                )
+            if isinstance(error, NotFinite) and not first:
+                return 2  # every rank has raised it; the first one says so
+            raise
         console.print(f"trained in {time.time() - began:.0f} s", highlight=False)
         best = Path(saver.best_model_path) if saver and saver.best_model_path else None
         if cfg.test:
             if best is not None:
-                task.load_state_dict(checkpoint.load(best)["state_dict"])
+                parallel.restore(task, checkpoint.load(best)["state_dict"])
             run_test(data, task, trainer, run_dir, best, console)
     score = saver.best_model_score if saver is not None else None
     return float(score) if score is not None else None
@@ -123,11 +128,19 @@ def command() -> str:
     return " ".join(["vidtrain", "train", *map(shlex.quote, words)])
 
 
+def again(run_dir: Path) -> str:
+    """Give the command line with which this run goes on."""
+    words = [word for word in command().split() if not word.startswith("resume=")]
+    return " ".join([*words, f"resume={shlex.quote(str(run_dir))}"])
+
+
 def tell(console: Console, data: Any) -> None:
     """Say in a line or two what there is to learn from."""
     splits = ", ".join(f"{count} {name}" for name, count in data.manifest.splits.items())
     console.print(f"{data.name}: {len(data.label_names)} classes; {splits}", highlight=False)
     for note in data.manifest.notes:
+        console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
+    if (note := missing_classes(data)) is not None:
         console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
     if not data.has_split("val"):
         console.print(
@@ -136,6 +149,21 @@ def tell(console: Console, data: Any) -> None:
             style="yellow",
             highlight=False,
         )
+
+
+def missing_classes(data: Any) -> str | None:
+    """Say which classes nothing is there to learn from; None where there are no such classes."""
+    if not data.has_split("train"):
+        return None
+    counts = data.manifest.label_counts("train")
+    names = [
+        name for name, count in zip(data.manifest.label_names, counts, strict=True) if not count
+    ]
+    if not names or len(names) == len(counts):
+        return None
+    listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    have = "has" if len(names) == 1 else "have"
+    return f"{len(names)} of {len(counts)} classes {have} no training video: {listed}"
 
 
 def tell_line(console: Console, line: str) -> None:
@@ -150,74 +178,3 @@ def frozen_line(task: Any) -> str:
     every = sum(p.numel() for p in parameters)
     what = ", ".join(task.frozen) or "single parameters"
     return f"frozen: {what}: {still:,} of {every:,} parameters"
-
-
-def run_to_go_on(cfg: DictConfig) -> Path | None:
-    """Turn `resume=` a run or a checkpoint into the checkpoint.
-
-    Raises:
-        UserError: there is none.
-    """
-    if cfg.resume is None or cfg.resume == "auto":
-        return None
-    path = Path(cfg.resume).expanduser().absolute()  # Lightning compares folders as text
-    path = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
-    if not path.is_file():
-        raise UserError(f"resume={cfg.resume}: there is no {path}; name a run's folder")
-    return path
-
-
-def find_run(cfg: DictConfig, run_dir: Path, console: Console) -> Path | None:
-    """Find the checkpoint to go on from: `resume=auto` takes the newest unfinished run like this.
-
-    Raises:
-        UserError: `resume` names something without a `last.ckpt`.
-    """
-    if cfg.resume is None:
-        return None
-    if (path := run_to_go_on(cfg)) is not None:
-        check_same(cfg, path)
-        return path
-    here = config.resolved(cfg)
-    runs = sorted(run_dir.parent.glob("*/checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
-    for path in reversed(runs):
-        saved = path.parent.parent / "config.yaml"
-        if not saved.is_file() or differences(OmegaConf.load(saved), here):
-            continue
-        if finished(path, cfg):
-            continue
-        console.print(f"going on with {path.parent.parent}", highlight=False)
-        return path
-    console.print("resume=auto: no unfinished run like this one; starting anew", highlight=False)
-    return None
-
-
-def differences(saved: Any, here: dict[str, Any]) -> list[str]:
-    """List the top-level parts in which two configs differ, apart from FREE_KEYS."""
-    before = OmegaConf.to_container(saved) if not isinstance(saved, dict) else saved
-    keys = (set(before) | set(here)) - set(FREE_KEYS)
-    return sorted(key for key in keys if before.get(key) != here.get(key))
-
-
-def check_same(cfg: DictConfig, path: Path) -> None:
-    """Refuse to go on with another model or data than the run had."""
-    saved = checkpoint.load(path)["vidtrain"]["config"]
-    wrong = [k for k in differences(saved, config.resolved(cfg)) if k in PART_KEYS]
-    if wrong:
-        raise UserError(
-            f"resume={cfg.resume}: that run had another {' and '.join(wrong)};"
-            " give the same settings, or ckpt= to start anew from its weights"
-        )
-
-
-def finished(path: Path, cfg: DictConfig) -> bool:
-    """Say whether a run has done all its epochs or steps."""
-    try:
-        saved = checkpoint.load(path)
-    except UserError:
-        return True  # torn: nothing to go on from
-    epochs, steps = cfg.trainer.max_epochs, cfg.trainer.max_steps
-    progress = saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    done = saved["epoch"] + (1 if progress["is_last_batch"] else 0)
-    enough_steps = steps is not None and 0 < steps <= saved["global_step"]
-    return bool((epochs is not None and 0 < epochs <= done) or enough_steps)

@@ -201,7 +201,9 @@ def _refuse_another_method(ledger: Ledger, settings: Settings) -> None:
         UserError: naming that method.
     """
     for line in ledger.lines.values():
-        method = dict(zip(("format", *Settings._fields), line.get("how", ()), strict=False)).get("method")
+        method = dict(zip(("format", *Settings._fields), line.get("how", ()), strict=False)).get(
+            "method"
+        )
         if method not in (None, settings.method):
             raise UserError(
                 f"{ledger.output} holds flow computed by {method}; name another folder for"

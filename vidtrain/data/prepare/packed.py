@@ -56,7 +56,9 @@ def stamp(root: str) -> str:
     files, path = filesystem(root)
     try:
         return json.dumps(files.info(f"{path}/{INDEX}"), sort_keys=True, default=str)
-    except Exception as error:  # each kind of store has its own; some say "not found" of any failure
+    except (
+        Exception
+    ) as error:  # each kind of store has its own; some say "not found" of any failure
         cause = error.__cause__
         if not isinstance(cause, Exception) or getattr(cause, "status", None) == 404:
             cause = error
