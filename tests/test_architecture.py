@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "visualize": {"types", "data", "visualize"},
     "callbacks": {"types", "data", "tasks", "visualize", "callbacks"},
     "loggers": {"types", "sweep"},
-    "build": {"types", "config", "data", "callbacks", "tasks", "optim", "weights"},
+    "build": {"types", "config", "data", "callbacks", "tasks", "optim", "weights", "parallel"},
     "parallel": {"types", "callbacks", "tasks"},
     "checkpoint": {"types", "config", "build", "tasks"},
     "resume": {"types", "config", "checkpoint"},

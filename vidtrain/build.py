@@ -337,6 +337,32 @@ def trainer(
     return built
 
 
+def speed_up(cfg: DictConfig, network: nn.Module, trainer: Trainer) -> str:
+    """Turn on what makes steps faster; say in a line what is on.
+
+    Raises:
+        UserError: settings that do not go together.
+    """
+    import torch
+
+    from vidtrain.parallel import Sharded
+
+    device = trainer.strategy.root_device
+    where, more = "CPU", []
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name(device)
+        torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = bool(cfg.tf32)
+        more += ["tf32"] if cfg.tf32 and str(trainer.precision).startswith("32") else []
+    if cfg.compile:
+        if isinstance(trainer.strategy, Sharded):
+            raise UserError("compile=true does not go with trainer=fsdp; leave one of them out")
+        network.compile()
+        more.append("compiled: the first steps take a minute")
+    ranks = f"{trainer.world_size} x " if trainer.world_size > 1 else ""
+    return ", ".join([f"on {ranks}{where}", f"precision {trainer.precision}", *more])
+
+
 def share_cores() -> None:
     """Leave a core to the decoding workers when the network runs on the CPU too.
 

@@ -471,3 +471,20 @@ def test_an_epoch_cut_short_by_max_steps_is_no_mistake(vidtrain, tiny_dataset):
     done = vidtrain("train", *TINY, f"data.root={tiny_dataset}", "trainer.max_steps=2", "test=true")
     assert done.code == 0, done.err
     assert "test/top1" in done.out
+
+
+@pytest.mark.slow  # compiling takes a minute
+def test_a_compiled_network_learns_the_same_and_is_saved_as_any(vidtrain, tiny_dataset, tmp_path):
+    words = [*TINY, f"data.root={tiny_dataset}", "trainer.max_epochs=1", "data.drop_last=true"]
+    words += ["optim=sgd_cosine", "optim.lr=0.05"]  # AdamW's first steps make much of rounding
+    states = []
+    for folder, compiled in (("plain", False), ("fused", True)):
+        more = (f"compile={compiled}", f"paths.runs={folder}", "test=true")
+        done = vidtrain("train", *words, *more)
+        assert done.code == 0, done.err
+        (line,) = [line for line in done.out.splitlines() if line.startswith("on CPU, precision")]
+        assert (", compiled:" in line) == compiled
+        states.append(weights(only(f"{folder}/*/*", tmp_path)))
+    assert list(states[0]) == list(states[1])
+    for key, tensor in states[0].items():
+        torch.testing.assert_close(states[1][key], tensor, rtol=1e-3, atol=1e-4, msg=key)

@@ -79,6 +79,7 @@ def main(cfg: DictConfig) -> float | int | None:
     with closing(build.loggers(cfg, run_dir)) as loggers:
         trainer = build.trainer(cfg, run_dir, callbacks, loggers)
         tell_line(console, build.scale_rate(cfg, task, data, trainer))
+        tell_line(console, build.speed_up(cfg, network, trainer))
         parallel.prepare(task, trainer)
         try:
             trainer.fit(task, datamodule=data, ckpt_path=resume_from, weights_only=True)
