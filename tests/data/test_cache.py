@@ -20,7 +20,7 @@ import torch
 from make_video import read_numbers, write_video
 from torch.utils.data import DataLoader, Dataset
 
-from vidtrain.data.cache import CachedReader, FrameCache, facts_of
+from vidtrain.data.cache import CachedReader, FrameCache, available_memory, facts_of
 from vidtrain.data.decode import open_video
 from vidtrain.data.readers.folder import FolderReader
 from vidtrain.data.transforms.sample import resize
@@ -499,3 +499,12 @@ def test_settings_on_disk_do_not_mix(tmp_path: Path) -> None:
     assert len(folders) == 6
     assert all(folder.parent == tmp_path / "frames" for folder in folders)
     assert FrameCache.on_disk(tmp_path, "ucf", 5, 128, "decord").folder in folders
+
+
+def test_memory_that_is_not_there_is_not_taken(monkeypatch):
+    """/dev/shm may be as large as the memory, and be empty while programs have taken all of it."""
+    monkeypatch.setattr("vidtrain.data.cache.available_memory", lambda: 40_000_000)
+    with contextlib.closing(FrameCache.in_ram(8_000_000_000)) as cache:
+        assert "0.04 GB free" in cache.note and "data.cache=disk" in cache.note
+    monkeypatch.undo()
+    assert 1e8 < available_memory() < 1e13

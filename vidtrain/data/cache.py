@@ -91,6 +91,7 @@ class FrameCache:
         budget: bytes of frames, over all processes; the oldest are dropped where there are more.
         short_side: frames are scaled down to it, never up; None keeps their size.
         share: of the free space, that may be taken at most.
+        room: bytes that the folder has in truth, where its disk promises more; None: the disk is right.
 
     Attributes:
         note: what the user should be told: less room than the budget, say; empty if nothing.
@@ -100,7 +101,12 @@ class FrameCache:
     """
 
     def __init__(
-        self, folder: Path, budget: int, short_side: int | None = None, share: float = SHARE_OF_DISK
+        self,
+        folder: Path,
+        budget: int,
+        short_side: int | None = None,
+        share: float = SHARE_OF_DISK,
+        room: int | None = None,
     ) -> None:
         if budget < 1:
             raise UserError(f"data.cache_gb is {budget / 1e9:g}; it must be above 0")
@@ -113,6 +119,7 @@ class FrameCache:
             with self._ledger() as ledger:
                 ledger.videos, ledger.used = self._take_stock(budget)
                 free = shutil.disk_usage(self.folder).free
+                free = free if room is None else min(free, room)
                 ledger.limit = min(budget, ledger.used + int(share * free))
                 ledger.forget_all_but(DAMAGED)
         except OSError as error:
@@ -152,7 +159,8 @@ class FrameCache:
             raise UserError(
                 f"no frames can be kept in {base} ({error.strerror}); set data.cache=disk"
             ) from None
-        cache = cls(folder, budget, short_side, SHARE_OF_MEMORY)
+        # A memory disk may be as large as all of the memory, and has room when there is none.
+        cache = cls(folder, budget, short_side, SHARE_OF_MEMORY, available_memory())
         if cache.note:
             cache.note += "; data.cache=disk has the disk's room"
         cache._leave = weakref.finalize(
@@ -372,6 +380,15 @@ class Ledger:
         if notes.any():
             kept = np.where(notes == note, notes, 0).astype(np.uint8)
             os.pwrite(self.file, kept.tobytes(), COUNTS.size)
+
+
+def available_memory() -> int | None:
+    """Give the bytes that this machine could hand out without swapping; None where nobody says."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return 1024 * next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return None
 
 
 def _place_of_note(video: bytes) -> int:
