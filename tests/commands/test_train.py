@@ -1,6 +1,7 @@
 """Train, test and predict through the command line, on small real videos."""
 
 import csv
+import gc
 import json
 import os
 import signal
@@ -488,3 +489,17 @@ def test_a_compiled_network_learns_the_same_and_is_saved_as_any(vidtrain, tiny_d
     assert list(states[0]) == list(states[1])
     for key, tensor in states[0].items():
         torch.testing.assert_close(states[1][key], tensor, rtol=1e-3, atol=1e-4, msg=key)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux")
+def test_a_run_leaves_nothing_behind_in_its_process(vidtrain, tiny_dataset):
+    """The next job of a sweep would have less memory."""
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    before = Path("/proc/self/maps").read_text().count("memfd:vidtrain")
+    done = vidtrain(
+        "train", *TINY, f"data.root={tiny_dataset}", "trainer.max_epochs=1", "data.workers=1"
+    )
+    assert done.code == 0, done.err
+    gc.collect()
+    assert Path("/proc/self/maps").read_text().count("memfd:vidtrain") == before
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers

@@ -172,7 +172,7 @@ def test_a_wrong_name_lists_the_names_there_are(tmp_path):
     with pytest.raises(UserError, match="its names: kinetics400_v1, kinetics400, "):
         open_parts({**node, "weights": "xyz"}, tmp_path, print)
     node = {"_target_": "vidtrain.models.slowfast.slowfast_r50_4x16", "weights": "kinetics400"}
-    with pytest.raises(UserError, match="which has none by name"):
+    with pytest.raises(UserError, match="slowfast_r50_4x16 has no weights by name"):
         open_parts(node, tmp_path, print)
     with pytest.raises(UserError, match="is a folder"):
         open_parts({**node, "weights": str(tmp_path)}, tmp_path, print)

@@ -103,9 +103,10 @@ class Checkpoint(ModelCheckpoint):
         self._signal = number
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Give the signals back."""
+        """Give the signals back, where Lightning has not: its own handlers would keep the whole run."""
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == self._ask_to_stop:
+                signal.signal(number, handler)
         self._previous.clear()
 
     def on_before_optimizer_step(self, trainer: L.Trainer, *args: Any) -> None:
