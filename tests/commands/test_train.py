@@ -495,6 +495,7 @@ def test_a_compiled_network_learns_the_same_and_is_saved_as_any(vidtrain, tiny_d
 def test_a_run_leaves_nothing_behind_in_its_process(vidtrain, tiny_dataset):
     """The next job of a sweep would have less memory."""
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    gc.collect()  # of the tests before
     before = Path("/proc/self/maps").read_text().count("memfd:vidtrain")
     done = vidtrain(
         "train", *TINY, f"data.root={tiny_dataset}", "trainer.max_epochs=1", "data.workers=1"
