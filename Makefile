@@ -24,8 +24,9 @@ help: ## these lines
 demo: $(READY) ## train a small 3D CNN on the built-in videos and test it; 2 minutes on 2 cores
 	$(RUN) -m vidtrain train experiment=demo
 
+# A file's tests stay in one process: several share what is made once.
 test: $(READY)-dev ## the default tests: CPU, no network
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto --dist loadfile
 
 test-all: $(READY)-dev ## the slow tests too
 	$(RUN) -m pytest -m ''

@@ -121,6 +121,7 @@ def test_after_an_error_the_last_whole_step_goes_on(
     assert_same_end(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_an_error_between_accumulated_batches_and_what_is_said(tiny_dataset, tmp_path):
     line = [*RUN, f"data.root={tiny_dataset}", "trainer.accumulate_grad_batches=4"]
     env = {**os.environ, "VIDTRAIN_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(HERE)}
@@ -313,6 +314,7 @@ def test_a_sweep_that_is_started_again_goes_on_with_its_jobs(vidtrain, tiny_data
         assert_equal(state["state_dict"], ends["parts"][rate]["state_dict"])
 
 
+@pytest.mark.slow
 def test_slurm_queues_a_job_again_and_it_goes_on(tiny_dataset, tmp_path):
     program = tmp_path / "bin" / "scontrol"
     program.parent.mkdir()
