@@ -81,7 +81,7 @@ def test_what_was_put_is_there_for_all_and_for_that_file_alone(store: IndexStore
         assert same(reader.get(Path("/a.mp4"), 10, 20), an_index(1))
         for facts in (("/a.mp4", 11, 20), ("/a.mp4", 10, 21), ("/b.mp4", 10, 20)):
             assert reader.get(*facts) is None
-    assert len(pickle.dumps(store)) < 200
+    assert len(pickle.dumps(store)) < 150 + len(str(store.path))  # no array travels
     assert store.put(os.fsdecode(b"/\xff.mp4"), 1, -1, an_index(4))
     assert same(other.get(os.fsdecode(b"/\xff.mp4"), 1, -1), an_index(4))
 
