@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "callbacks": {"types", "data", "tasks", "visualize", "callbacks"},
     "loggers": {"types", "sweep"},
     "build": {"types", "config", "data", "callbacks", "tasks", "optim", "weights", "parallel"},
-    "parallel": {"types", "callbacks", "tasks"},
+    "parallel": {"types", "layers", "callbacks", "tasks"},
     "checkpoint": {"types", "config", "build", "tasks"},
     "resume": {"types", "config", "checkpoint"},
     "cli": {"config", "commands"},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import lightning.pytorch as L
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
+from vidtrain.layers.blocks import block_of
 from vidtrain.types import UserError
 
 if TYPE_CHECKING:
@@ -61,16 +61,8 @@ def shard(task: VideoTask) -> None:
 
 def blocks(network: nn.Module) -> list[nn.Module]:
     """List the blocks of a network's numbered rows (`res3.1`, `blocks.7`), outermost alone."""
-    found: list[nn.Module] = []
-    inside: str | None = None
-    for name, module in network.named_modules():
-        if inside is not None and name.startswith(f"{inside}."):
-            continue
-        last = name.rpartition(".")[2]
-        if re.fullmatch(r"(\w*_)?\d+", last) and next(module.parameters(), None) is not None:
-            found.append(module)
-            inside = name
-    return found
+    found = (block_of(name.split(".")[:-1]) for name, _ in network.named_parameters())
+    return [network.get_submodule(name) for name in dict.fromkeys(found) if name is not None]
 
 
 def restore(task: VideoTask, state: Mapping[str, Tensor]) -> None:

@@ -47,11 +47,11 @@ def named(cfg: DictConfig, say: Say) -> Path | None:
         last = path / "checkpoints" / STATES[0]
         what = "cannot be gone on with" if last.is_file() else f"there is no {last}"
         raise UserError(f"resume={cfg.resume}: {what}; name a run's folder")
-    return found
+    return found[0]
 
 
-def newest(run: Path, say: Say) -> Path | None:
-    """Give a run's last state that can be read; None where there is none."""
+def newest(run: Path, say: Say) -> tuple[Path, dict[str, Any]] | None:
+    """Read a run's last state that can be read, and say where it lies; None where there is none."""
     refused = ""
     for name in STATES:
         path = run / "checkpoints" / name
@@ -64,7 +64,7 @@ def newest(run: Path, say: Say) -> Path | None:
             continue
         if refused:
             say(f"{refused}; taking {name}, the state after step {saved['global_step']}")
-        return path
+        return path, saved
     if refused:
         say(refused)
     return None
@@ -88,7 +88,7 @@ def find(
         UserError: the run that `resume` names had another model, or other classes.
     """
     if path is not None:
-        check_same(cfg, path, description, say)
+        check_same(cfg, path, checkpoint.load(path), description, say)
         return path
     job = description["job"] if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" else None
     if cfg.resume is None and job is None:
@@ -101,15 +101,15 @@ def find(
         found = newest(run, say)
         if found is None:
             continue
-        state = checkpoint.load(found)
+        state_path, state = found
         if cfg.resume is None and state["vidtrain"].get("job") != job:
             continue
         # A sweep that is started again asks for what a finished job had reached.
         if finished(state, cfg) and not of_sweep:
             continue
-        check_same(cfg, found, description, say)
+        check_same(cfg, state_path, state, description, say)
         say(f"going on with {run}")
-        return found
+        return state_path
     why = "resume=auto" if cfg.resume else f"job {job} was queued again"
     say(f"{why}: no unfinished run like this one; starting anew")
     return None
@@ -145,13 +145,15 @@ def differences(saved: Any, here: dict[str, Any]) -> list[str]:
     return sorted(key for key in keys if before.get(key) != here.get(key))
 
 
-def check_same(cfg: DictConfig, path: Path, description: dict[str, Any], say: Say) -> None:
+def check_same(
+    cfg: DictConfig, path: Path, state: dict[str, Any], description: dict[str, Any], say: Say
+) -> None:
     """Refuse to go on with another model or data than the run had.
 
     Raises:
         UserError: naming what differs.
     """
-    saved = checkpoint.load(path)["vidtrain"]
+    saved = state["vidtrain"]
     run = path.parent.parent
     before, now = saved["label_names"], description["label_names"]
     if before != now:

@@ -11,25 +11,12 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from tiny import TINY_RUN
 
 from vidtrain import loggers, sweep
 from vidtrain.config import conf_dir
 
-TINY = [
-    "model=late_fusion_pool",
-    "model.backbone=small",
-    "clip.num_frames=2",
-    "clip.stride=2",
-    "clip.size=32",
-    "data=folder",
-    "data.batch_size=4",
-    "data.workers=0",
-    "optim=adamw_cosine",
-    "optim.lr=0.01",
-    "trainer=cpu",
-    "trainer.max_epochs=2",
-    "logger=csv",
-]
+TINY = [*TINY_RUN, "trainer.max_epochs=2"]
 # A callback of the user's own that refuses, raises or does nothing, as `at` says.
 BOOM = """
 import lightning.pytorch as L

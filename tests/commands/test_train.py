@@ -13,24 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from make_video import write_audio, write_video
+from tiny import TINY_RUN
 
-# A network and a clip that take milliseconds.
-TINY = [
-    "model=late_fusion_pool",
-    "model.backbone=small",
-    "clip.num_frames=2",
-    "clip.stride=2",
-    "clip.size=32",
-    "data=folder",
-    "data.batch_size=4",
-    "data.workers=0",
-    "optim=adamw_cosine",
-    "optim.lr=0.01",
-    "trainer=cpu",
-    "logger=csv",
-    "views.clips=3",
-    "views.crops=2",
-]
+TINY = [*TINY_RUN, "views.clips=3", "views.crops=2"]
 
 
 def only(pattern: str, folder: Path) -> Path:

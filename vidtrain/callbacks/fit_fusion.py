@@ -6,7 +6,6 @@ scores. A network that wants one has it as its attribute `svm` (see `vidtrain.mo
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +20,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from vidtrain.callbacks.checkpoint import Checkpoint, Stopped
+from vidtrain.callbacks.saving import WholeFiles
 from vidtrain.types import UserError
 
 NEVER = -1e4  # a distance that no video has: features are of unit length
@@ -107,9 +107,7 @@ class FitFusion(L.Callback):
             if saved is not None and best is not None:
                 ours = {k: v.cpu() for k, v in pl_module.state_dict().items() if ".svm." in k}
                 saved["state_dict"].update(ours)
-                part = best.with_suffix(".part")
-                torch.save(saved, part)
-                os.replace(part, best)
+                WholeFiles().save_checkpoint(saved, best)
         if saver is not None and best is None:  # nothing was trained, only fitted
             trainer.save_checkpoint(Path(str(saver.dirpath)) / "last.ckpt")
         trainer.strategy.barrier()

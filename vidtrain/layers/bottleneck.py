@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidtrain.layers.flat import dense_order
+from vidtrain.layers.head import linear
 from vidtrain.types import UserError
 
 DEPTHS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}  # layers -> blocks of a stage
@@ -160,9 +161,4 @@ class Head(nn.Module):
 
     def reset(self, num_classes: int) -> None:
         """Replace the linear layer; 0 takes it away."""
-        self.proj: nn.Module = nn.Identity()
-        if num_classes:
-            linear = nn.Linear(self.dim, num_classes)
-            nn.init.normal_(linear.weight, std=0.01)
-            nn.init.zeros_(linear.bias)
-            self.proj = linear
+        self.proj = linear(self.dim, num_classes)

@@ -1,4 +1,4 @@
-"""Which of a network's tensors are its classifier."""
+"""A network's classifier: how it is made, and which tensors it is."""
 
 from __future__ import annotations
 
@@ -28,3 +28,13 @@ def head_names(network: nn.Module) -> set[str]:
         with_head = set(model.state_dict())
         model.reset_classifier(0)
     return with_head - set(model.state_dict())
+
+
+def linear(dim: int, num_classes: int) -> nn.Module:
+    """Make a linear layer with first weights from a Gaussian of 0.01; for 0 classes what changes nothing."""
+    if not num_classes:
+        return nn.Identity()
+    made = nn.Linear(dim, num_classes)
+    nn.init.normal_(made.weight, std=0.01)
+    nn.init.zeros_(made.bias)
+    return made

@@ -53,6 +53,7 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from vidtrain.layers.flat import FlatConv3d, depthwise, depthwise_order
+from vidtrain.layers.head import linear
 from vidtrain.layers.same import same_padding
 from vidtrain.layers.squeeze import SqueezeExcitation, round_channels
 from vidtrain.types import UserError
@@ -578,11 +579,7 @@ class MoViNet(nn.Module):
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace fc2; 0 takes it away."""
-        self.fc2 = nn.Identity()
-        if num_classes:
-            self.fc2 = nn.Linear(2048, num_classes)
-            nn.init.normal_(self.fc2.weight, std=0.01)
-            nn.init.zeros_(self.fc2.bias)
+        self.fc2 = linear(2048, num_classes)
 
     def _classify(self, x: Tensor) -> Tensor:
         """(B, D) -> (B, K). Swish, in streams too."""

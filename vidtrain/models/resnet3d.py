@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from vidtrain.layers.bottleneck import conv_of
 from vidtrain.layers.flat import dense_order
+from vidtrain.layers.head import linear
 from vidtrain.layers.non_local import non_local_blocks
 
 DEPTH = 2  # blocks in each of the four stages
@@ -145,12 +146,7 @@ class ResNet3D18(nn.Module):
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the classifier; 0 takes it away."""
-        self.fc: nn.Module = nn.Identity()
-        if num_classes:
-            linear = nn.Linear(self.num_features, num_classes)
-            nn.init.normal_(linear.weight, std=0.01)
-            nn.init.zeros_(linear.bias)
-            self.fc = linear
+        self.fc = linear(self.num_features, num_classes)
 
 
 def _stage(kind: str, dim_in: int, dim: int, stride: int, non_local: str | None) -> nn.Sequential:

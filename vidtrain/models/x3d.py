@@ -38,6 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidtrain.layers.flat import DepthwiseConv3d, FlatConv3d, depthwise_order
+from vidtrain.layers.head import linear
 from vidtrain.layers.squeeze import SqueezeExcitation, round_channels
 from vidtrain.types import UserError
 
@@ -257,11 +258,7 @@ class X3D(nn.Module):
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace fc2; 0 takes it away."""
-        self.fc2 = nn.Identity()
-        if num_classes:
-            self.fc2 = nn.Linear(2048, num_classes)
-            nn.init.normal_(self.fc2.weight, std=0.01)
-            nn.init.zeros_(self.fc2.bias)
+        self.fc2 = linear(2048, num_classes)
 
     def _init_weights(self) -> None:
         """He et al.'s convolutions by fan out, fc1 with 0.01; the last norm of each block at 0."""

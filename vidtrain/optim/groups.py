@@ -6,13 +6,13 @@ or of a parameter, or has wildcards for either, as in a shell: `layer[34]`, `*.n
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
+from vidtrain.layers.blocks import block_of
 from vidtrain.layers.head import head_names
 from vidtrain.types import UserError
 
@@ -130,10 +130,7 @@ def _layer(name: str, pathways: set[str]) -> str:
     """Name the layer that a parameter lies in: its path up to a number, else its module at the top."""
     top, *rest = name.split(".")[:-1] or [""]
     parts = rest if top in pathways else [top, *rest]
-    for place, part in enumerate(parts):
-        if re.fullmatch(r"(\w*_)?\d+", part):
-            return ".".join(parts[: place + 1])
-    return parts[0] if parts else top
+    return block_of(parts) or (parts[0] if parts else top)
 
 
 def _pathways(module: nn.Module) -> set[str]:
