@@ -2,7 +2,7 @@
 
 Weights, optimizer and schedule change only in the optimizer's step. From one step's end to there only
 buffers (the running statistics of batch norm) and the loops' counters do; they are copied at each step's
-end, for about 0.2 ms. Random numbers need no copy (`resume.py`).
+end. Random numbers need no copy (`resume.py`).
 """
 
 from __future__ import annotations
