@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from functorch.compile import make_boxed_func
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses import FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vidtrain.trace.table import layer_table
+
+POOLING = ("aten.mean.dim", "aten.view.default")
 
 
 def counts(net: nn.Module, frames: int, size: int) -> tuple[int, float]:
@@ -35,3 +45,39 @@ def shake_norms(
             nn.init.normal_(module.running_mean, std=0.1)
             nn.init.uniform_(module.running_var, *variance)
     return net.eval()
+
+
+def compiled_for_gpu(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> Counter[str]:
+    """Count the operations that `torch.compile` is given of a network in training on a GPU.
+
+    No GPU is needed: tensors have a shape, memory order and device, and no content.
+
+    Args:
+        make: Makes the network.
+        shape: Of a batch of clips, (B, C, T, H, W).
+
+    Returns:
+        How often each operation comes, with its settings and what comes out: shape, memory order, type.
+        Pooling to one place, the same with the axes that it leaves and without, is left out.
+    """
+    found: list[str] = []
+
+    def told(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return tuple(value.shape), value.stride(), value.dtype, value.device.type
+        return [told(one) for one in value] if isinstance(value, list | tuple) else value
+
+    def note(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        for node in graph.graph.nodes:
+            if node.op == "call_function" and str(node.target) not in POOLING:
+                arguments = (torch.fx.map_arg(one, lambda node: "tensor") for one in node.args)
+                found.append(f"{node.target}{tuple(arguments)} {told(node.meta['val'])}")
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        with torch.device("cuda"):
+            net, clip = make().train(), torch.empty(shape)
+        torch.compile(net, backend=aot_autograd(fw_compiler=note), fullgraph=True)(clip)
+    torch._dynamo.reset()
+    return Counter(found)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torchvision.models.video as tv
-from nets import shake_norms
+from nets import compiled_for_gpu, shake_norms
 from torch import nn
 
 from vidtrain.models import resnet3d
@@ -32,6 +32,15 @@ def test_logits_are_torchvisions(name):
         expected = theirs.eval()(clip)
         assert expected.std() > 0.1
         torch.testing.assert_close(ours.eval()(clip), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_compiler_is_given_what_torchvisions_gives_it(name):
+    """Same operations, shapes and memory orders: neither can become faster code than the other."""
+    clips = (8, *CLIP)
+    ours = compiled_for_gpu(lambda: getattr(resnet3d, name)(11), clips)
+    assert sum(count for op, count in ours.items() if op.startswith("aten.convolution")) >= 20
+    assert ours == compiled_for_gpu(lambda: getattr(tv, name)(num_classes=11), clips)
 
 
 def test_a_training_step_is_torchvisions():

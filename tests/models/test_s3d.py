@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torchvision.models.video as tv
-from nets import shake_norms
+from nets import compiled_for_gpu, shake_norms
 from torch import nn
 
 from vidtrain.models.s3d import s3d
@@ -35,6 +35,13 @@ def test_logits_are_torchvisions(shape):
         expected = theirs.eval()(clip)
         assert expected.std() > 0.1
         torch.testing.assert_close(ours.eval()(clip), expected, rtol=0, atol=1e-4)
+
+
+def test_a_compiler_is_given_what_torchvisions_gives_it():
+    clips = (2, 3, 32, 224, 224)
+    ours = compiled_for_gpu(lambda: s3d(11), clips)
+    assert sum(count for op, count in ours.items() if op.startswith("aten.convolution")) >= 70
+    assert ours == compiled_for_gpu(lambda: tv.s3d(num_classes=11), clips)
 
 
 def test_the_norms_statistics_move_as_torchvisions():
