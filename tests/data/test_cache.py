@@ -23,11 +23,12 @@ from torch.utils.data import DataLoader, Dataset
 from vidtrain.data.cache import CachedReader, FrameCache, available_memory, facts_of
 from vidtrain.data.decode import open_video
 from vidtrain.data.readers.folder import FolderReader
+from vidtrain.data.readers.pieces import ChooseBox
 from vidtrain.data.transforms.sample import resize
 from vidtrain.types import DecodeError, UserError, VideoReader
 
 COUNT = 20
-WHOLE = 64 + COUNT * 48 * 64 * 3  # bytes of a cached video of COUNT frames of 64 x 48
+WHOLE = 128 + COUNT * 48 * 64 * 3  # bytes of a cached video of COUNT frames of 64 x 48
 PLENTY = 50_000_000
 
 
@@ -143,8 +144,34 @@ def test_scaled_down_and_never_up(videos: list[Path], tmp_path: Path, opener: Op
             with cache.open(str(path), facts_of(path), partial(opener, path)) as reader:
                 assert (reader.height, reader.width) == size
                 assert torch.equal(reader.frames([3, 11]), resize(frames, *size))
-        assert cache.report().bytes == 64 + COUNT * size[0] * size[1] * 3
+        assert cache.report().bytes == 128 + COUNT * size[0] * size[1] * 3
         assert opener.opened() == ["1.mp4"]
+
+
+def test_only_the_region_is_kept(videos: list[Path], tmp_path: Path, opener: Opener) -> None:
+    """Boxes are given in pixels of whole frames, and what is kept of those lies in the region."""
+    path, region = videos[1], [0.25, 0.5, 0.5, 0.25]  # 16 to 48 across, 24 to 36 down
+    with open_video(path) as real:
+        frames = real.frames([3, 11])
+    for short_side, box, size in ((None, (26, 20, 9, 25), (48, 64)), (24, (13, 9, 5, 13), (24, 32))):
+        cache = FrameCache(tmp_path / f"frames {short_side}", PLENTY, short_side, region)
+        part = size[0] // 4, size[1] // 2
+        expected = resize(frames[..., 24:36, 16:48], *part)
+        top, left = box[0] - size[0] // 2, box[1] - size[1] // 4
+        for _ in range(2):
+            with cache.open(str(path), facts_of(path), partial(opener, path)) as reader:
+                assert (reader.height, reader.width) == size
+                found = torch.cat([*reader.pieces([3, 11], lambda height, width, box=box: box)])
+                assert torch.equal(
+                    found, expected[..., top : top + box[2], left : left + box[3]].contiguous()
+                )
+                with pytest.raises(ValueError, match="only"):
+                    reader.frames([3])
+        assert cache.report().bytes == 128 + COUNT * part[0] * part[1] * 3
+        assert opener.opened() == ["1.mp4"]
+    assert FrameCache.on_disk(tmp_path, "a", PLENTY, 24, region).folder != (
+        FrameCache.on_disk(tmp_path, "a", PLENTY, 24).folder
+    )
 
 
 def test_never_more_than_the_budget(videos: list[Path], tmp_path: Path, opener: Opener) -> None:
@@ -250,9 +277,9 @@ def test_two_at_the_same_video_at_once(videos: list[Path], tmp_path: Path, opene
         return open_video(path)
 
     class Slow(Deadly):
-        def pieces(self, indices: range) -> Iterator[torch.Tensor]:
+        def pieces(self, indices: range, choose: ChooseBox) -> Iterator[torch.Tensor]:
             assert numbers(cache, path, opener, [5]) == [305]
-            yield from self.reader.pieces(indices)
+            yield from self.reader.pieces(indices, choose)
 
     with cache.open(str(path), facts_of(path), meanwhile) as reader:
         assert read_numbers(reader.frames([6])) == [306]
@@ -343,7 +370,7 @@ class Deadly:
     def __len__(self) -> int:
         return len(self.reader)
 
-    def pieces(self, indices: range) -> Iterator[torch.Tensor]:
+    def pieces(self, indices: range, choose: ChooseBox) -> Iterator[torch.Tensor]:
         yield self.reader.frames(indices[:2])
         os.kill(os.getpid(), signal.SIGKILL)
 

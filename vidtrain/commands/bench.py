@@ -41,7 +41,7 @@ from vidtrain.data.timing import (
     fill,
     time_samples,
 )
-from vidtrain.data.transforms.sample import short_side_size
+from vidtrain.data.transforms.sample import region_box, short_side_size
 from vidtrain.types import Failure, UserError
 
 if TYPE_CHECKING:
@@ -293,6 +293,8 @@ def look_at(alone: Watched, data: VideoDataModule) -> dict[str, Any]:
     def facts(one: Read) -> tuple[float, ...]:
         size = one.height, one.width
         kept = size if min(size) <= side else short_side_size(*size, side)
+        if data.region is not None:
+            kept = region_box(data.region, *kept)[2:]
         decoded = 0 if one.frame_index is None else decoded_frames(one.frame_index, one.wanted)
         resized = decoded_frames_at(KEYINT, one.wanted) if decoded else 0
         return (

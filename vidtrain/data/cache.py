@@ -32,6 +32,7 @@ import weakref
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -40,17 +41,18 @@ import torch
 from torch import Tensor
 
 from vidtrain.data.readers.pieces import room
-from vidtrain.data.transforms.sample import resize, short_side_size
+from vidtrain.data.transforms.sample import region_box, resize, short_side_size
 from vidtrain.types import DecodeError, UserError
 
 if TYPE_CHECKING:
     from vidtrain.data.readers.pieces import ChooseBox
-    from vidtrain.types import VideoReader
+    from vidtrain.types import Box, VideoReader
 
-FORMAT = 1  # raised when older files can no longer be read
-HEADER = struct.Struct("<16s16sIIId")  # kind, which video, N, H, W, fps; a checksum follows
+FORMAT = 2  # raised when older files can no longer be read
+HEADER = struct.Struct("<16s16sI6Id")  # kind, which video, N, Kept, fps; a checksum follows
 KIND = b"vidtrain frames\n"
-START = 64  # of the frames, behind the header
+WHOLE = [0.0, 0.0, 1.0, 1.0]  # left, top, width, height
+START = 128  # of the frames, behind the header
 
 COUNTS = struct.Struct("<qqq")  # bytes that may be used, bytes used, videos
 VIDEOS_NOTED = 1 << 20  # a byte each, by a hash; two that share one may be decoded once too often
@@ -62,6 +64,17 @@ SHARE_OF_MEMORY, SHARE_OF_DISK = 0.75, 0.95  # of what is free
 # memory until somebody notices. It reads until we are gone and all our workers with us. Our lock
 # may be gone a moment later; another rank's stays, and that rank has a guard of its own.
 GUARD = 'read -r _; flock -w 30 "$0/lock" rm -rf "$0"'
+
+
+class Kept(NamedTuple):
+    """Which part of each frame lies in a file, in pixels of the frame at the size it is kept in."""
+
+    frame_height: int
+    frame_width: int
+    top: int
+    left: int
+    height: int
+    width: int
 
 
 class Report(NamedTuple):
@@ -90,6 +103,7 @@ class FrameCache:
         folder: where; made if it is not there. What is in it and still good is used again.
         budget: bytes of frames, over all processes; the oldest are dropped where there are more.
         short_side: frames are scaled down to it, never up; None keeps their size.
+        region: `[left, top, width, height]`, relative: the only part of frames that is ever asked for.
         share: of the free space, that may be taken at most.
         room: bytes that the folder has in truth, where its disk promises more; None: the disk is right.
 
@@ -105,12 +119,14 @@ class FrameCache:
         folder: Path,
         budget: int,
         short_side: int | None = None,
+        region: Sequence[float] | None = None,
         share: float = SHARE_OF_DISK,
         room: int | None = None,
     ) -> None:
         if budget < 1:
             raise UserError(f"data.cache_gb is {budget / 1e9:g}; it must be above 0")
         self.folder, self.short_side = Path(folder), short_side
+        self.region = list(region or WHOLE)
         self.note = ""
         self._leave: weakref.finalize[Any, FrameCache] | None = None
         try:
@@ -135,13 +151,18 @@ class FrameCache:
 
     @classmethod
     def in_ram(
-        cls, budget: int, short_side: int | None = None, run: str | None = None
+        cls,
+        budget: int,
+        short_side: int | None = None,
+        region: Sequence[float] | None = None,
+        run: str | None = None,
     ) -> FrameCache:
         """Keep frames in memory, until the last process of the run is gone.
 
         Args:
             budget: as above.
             short_side: as above.
+            region: as above.
             run: what all ranks of a run and no other run call it, so that they share: the path of
                 its folder. None: this process and its workers alone.
         """
@@ -160,7 +181,7 @@ class FrameCache:
                 f"no frames can be kept in {base} ({error.strerror}); set data.cache=disk"
             ) from None
         # A memory disk may be as large as all of the memory, and has room when there is none.
-        cache = cls(folder, budget, short_side, SHARE_OF_MEMORY, available_memory())
+        cache = cls(folder, budget, short_side, region, SHARE_OF_MEMORY, available_memory())
         if cache.note:
             cache.note += "; data.cache=disk has the disk's room"
         cache._leave = weakref.finalize(
@@ -170,15 +191,22 @@ class FrameCache:
 
     @classmethod
     def on_disk(
-        cls, cache_dir: Path, name: str, budget: int, short_side: int | None, decoder: str = "auto"
+        cls,
+        cache_dir: Path,
+        name: str,
+        budget: int,
+        short_side: int | None,
+        region: Sequence[float] | None = None,
+        decoder: str = "auto",
     ) -> FrameCache:
         """Keep frames on disk, from run to run: in `<cache_dir>/frames/<name>-<settings>/`.
 
         Frames of other settings lie in another folder, with a budget of its own.
         """
-        settings = json.dumps([FORMAT, short_side, decoder]).encode()
+        settings = json.dumps([FORMAT, short_side, list(region or WHOLE), decoder]).encode()
         digest = hashlib.blake2b(settings, digest_size=4).hexdigest()
-        return cls(cache_dir.expanduser() / "frames" / f"{name}-{digest}", budget, short_side)
+        folder = cache_dir.expanduser() / "frames" / f"{name}-{digest}"
+        return cls(folder, budget, short_side, region)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_leave": None}  # the folder is its maker's to remove
@@ -208,7 +236,7 @@ class FrameCache:
             return opener()
         name = hashlib.blake2b(os.fsencode(path), digest_size=16).hexdigest()
         video = hashlib.blake2b(
-            json.dumps([name, *facts, self.short_side, FORMAT]).encode(), digest_size=16
+            json.dumps([name, *facts, self.short_side, self.region, FORMAT]).encode(), digest_size=16
         ).digest()
         file = self.folder / f"{name}.frames"
         cached = CachedReader.of(path, file, video)
@@ -245,10 +273,10 @@ class FrameCache:
             OSError: the folder cannot be used.
         """
         try:
-            shape = len(reader), *self._size(reader), 3
+            kept = self._kept(reader)
         except DecodeError:
             return False
-        size = START + math.prod(shape)
+        size = START + len(reader) * kept.height * kept.width * 3
         part = self.folder / f".{uuid.uuid4().hex}.part"
         with self._ledger() as ledger:
             if ledger.note(video) in (BUSY, DAMAGED):  # another is at it, or has died of it
@@ -269,7 +297,7 @@ class FrameCache:
         outcome, full = 0, False
         try:
             with sink:
-                self._write(sink, reader, video, shape)
+                self._write(sink, reader, video, kept)
                 with self._ledger() as ledger:
                     ledger.count_out(file)
                     os.replace(part, file)
@@ -288,31 +316,30 @@ class FrameCache:
                     ledger.limit = ledger.used
         return outcome == 0
 
-    def _size(self, reader: VideoReader) -> tuple[int, int]:
+    def _kept(self, reader: VideoReader) -> Kept:
         height, width = reader.height, reader.width
-        if self.short_side is None or min(height, width) <= self.short_side:
-            return height, width
-        return short_side_size(height, width, self.short_side)
+        if self.short_side is not None and min(height, width) > self.short_side:
+            height, width = short_side_size(height, width, self.short_side)
+        return Kept(height, width, *region_box(self.region, height, width))
 
-    def _write(
-        self, sink: BinaryIO, reader: VideoReader, video: bytes, shape: tuple[int, ...]
-    ) -> None:
+    def _write(self, sink: BinaryIO, reader: VideoReader, video: bytes, kept: Kept) -> None:
         """Write header and frames.
 
         Raises:
             DecodeError: a frame that cannot be had.
             OSError: no room, or the disk fails.
         """
-        count, height, width, _ = shape
-        header = HEADER.pack(KIND, video, count, height, width, reader.fps)
+        count = len(reader)
+        header = HEADER.pack(KIND, video, count, *kept, reader.fps)
         header += zlib.crc32(header).to_bytes(4, "little")
         sink.write(header.ljust(START, b"\0"))
-        for frames in reader.pieces(range(count)):
-            pixels = resize(frames, height, width).permute(0, 2, 3, 1).contiguous().numpy()
+        for frames in reader.pieces(range(count), partial(region_box, self.region)):
+            resized = resize(frames, kept.height, kept.width)
+            pixels = resized.permute(0, 2, 3, 1).contiguous().numpy()
             rest = pixels.data.cast("B")
             while len(rest):
                 rest = rest[sink.write(rest) :]
-        if sink.tell() != START + math.prod(shape):
+        if sink.tell() != START + count * kept.height * kept.width * 3:
             raise DecodeError(reader.path, f"does not show {count} frames of one size")
         os.fsync(sink.fileno())  # else a power cut may leave its length without its data
 
@@ -396,12 +423,12 @@ def _place_of_note(video: bytes) -> int:
 
 
 class CachedReader:
-    """A video whose frames lie decoded in a file. See `vidtrain.types.VideoReader`."""
+    """A video whose frames, or one region of them, lie decoded in a file. See `vidtrain.types.VideoReader`."""
 
-    def __init__(self, path: str, file: int, shape: tuple[int, int, int], fps: float) -> None:
+    def __init__(self, path: str, file: int, count: int, kept: Kept, fps: float) -> None:
         self.path, self.fps = path, fps
         self._file: int | None = file
-        self._count, self._height, self._width = shape
+        self._count, self._kept = count, kept
 
     @classmethod
     def of(cls, path: str, file: Path, video: bytes) -> CachedReader | None:
@@ -413,24 +440,25 @@ class CachedReader:
         with contextlib.suppress(OSError):
             head = os.pread(opened, HEADER.size + 4, 0)
             if len(head) == HEADER.size + 4:
-                kind, whose, count, height, width, fps = HEADER.unpack_from(head)
-                size = START + count * height * width * 3
+                kind, whose, count, *numbers, fps = HEADER.unpack_from(head)
+                kept = Kept(*numbers)
+                size = START + count * kept.height * kept.width * 3
                 check = zlib.crc32(head[:-4]).to_bytes(4, "little")
                 whole = check == head[-4:] and os.fstat(opened).st_size == size
                 if whole and (kind, whose) == (KIND, video):
-                    return cls(path, opened, (count, height, width), fps)
+                    return cls(path, opened, count, kept, fps)
         os.close(opened)
         return None
 
     @property
     def width(self) -> int:
-        """Width in pixels, as kept."""
-        return self._width
+        """Width of whole frames in pixels, at the size they are kept in."""
+        return self._kept.frame_width
 
     @property
     def height(self) -> int:
-        """Height in pixels, as kept."""
-        return self._height
+        """Height of whole frames in pixels, at the size they are kept in."""
+        return self._kept.frame_height
 
     def __len__(self) -> int:
         return self._count
@@ -464,31 +492,34 @@ class CachedReader:
         for index in indices:
             if not 0 <= index < len(self):
                 raise IndexError(f"{self.path}: frame {index} asked of {len(self)}")
-        return self._read(indices, 0, self._height)
+        return self._read(indices, (0, 0, self.height, self.width))
 
     def pieces(self, indices: Sequence[int], choose: ChooseBox | None = None) -> Iterator[Tensor]:
         """Hand frames over a piece at a time. See `vidtrain.types.VideoReader`."""
-        height, width = self._height, self._width
-        top, left, h, w = choose(height, width) if choose else (0, 0, height, width)
-        step = room(h, width)
+        box = choose(self.height, self.width) if choose else (0, 0, self.height, self.width)
+        step = room(box[2], self._kept.width)
         for first in range(0, len(indices), step):
-            yield self._read(indices[first : first + step], top, h)[..., left : left + w]
+            yield self._read(indices[first : first + step], box)
 
-    def _read(self, indices: Sequence[int], top: int, height: int) -> Tensor:
-        """Read `height` rows of each frame, from row `top` on."""
+    def _read(self, indices: Sequence[int], box: Box) -> Tensor:
+        """Read a box of each frame, in pixels of whole frames: the rows it lies in, then its columns."""
         if self._file is None:
             raise ValueError(f"{self.path} is closed")
-        pixels = np.empty((len(indices), height, self._width, 3), np.uint8)
-        row = self._width * 3
+        kept, (top, left, height, width) = self._kept, box
+        top, left = top - kept.top, left - kept.left
+        if min(top, left) < 0 or top + height > kept.height or left + width > kept.width:
+            raise ValueError(f"{self.path}: of its frames only {kept} is kept")
+        pixels = np.empty((len(indices), height, kept.width, 3), np.uint8)
+        row = kept.width * 3
         for picture, index in zip(pixels, indices, strict=True):
             try:
-                place = START + (index * self._height + top) * row
+                place = START + (index * kept.height + top) * row
                 read = os.preadv(self._file, [picture.data], place)
             except OSError as error:
                 raise DecodeError(self.path, f"its cached frames: {error.strerror}") from None
             if read != height * row:
                 raise DecodeError(self.path, "its cached frames were cut off while in use")
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2)[..., left : left + width]
 
 
 def facts_of(path: str | Path) -> tuple[int, int] | None:

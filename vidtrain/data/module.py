@@ -405,11 +405,13 @@ class VideoDataModule(L.LightningDataModule):
         if self.cache == "ram":
             many = self.trainer is not None and self.trainer.world_size > 1
             run = str(self.trainer.default_root_dir) if self.trainer and many else None
-            cache = FrameCache.in_ram(budget, side, run)
+            cache = FrameCache.in_ram(budget, side, self.region, run)
         else:
             root = hashlib.blake2b(self.manifest.root.encode(), digest_size=4).hexdigest()
             name = f"{self.name}-{root}"  # all of data=folder has one name
-            cache = FrameCache.on_disk(self.cache_dir, name, budget, side, self.decoder)
+            cache = FrameCache.on_disk(
+                self.cache_dir, name, budget, side, self.region, self.decoder
+            )
         if cache.note:
             self._say(cache.note)
         return cache
