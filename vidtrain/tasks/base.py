@@ -124,9 +124,12 @@ class VideoTask(L.LightningModule):
         return scores.mean(1) if own is None else own(scores)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Compute the loss of a batch."""
+        """Compute the loss of a batch; it is noted where somebody is going to read it."""
         output = self.step(batch)
-        self.log("train/loss", output.loss, prog_bar=True, batch_size=len(output.target))
+        trainer = self.trainer
+        if trainer._logger_connector.should_update_logs or trainer.is_last_batch:
+            # Not at each step: a note takes half a millisecond.
+            self.log("train/loss", output.loss, prog_bar=True, batch_size=len(output.target))
         return output.loss
 
     def _evaluate(self, batch: dict[str, Any], metrics: MetricCollection) -> dict[str, Any]:
