@@ -329,6 +329,29 @@ def _call(verb: str, cfg: DictConfig) -> Any:
         raise UserError(f"{error.full_key} is not set; add {error.full_key}=...") from None
     except OmegaConfBaseException as error:
         raise UserError(one_line(error)) from None
+    except RuntimeError as error:
+        mistake = of_the_device(error)
+        if mistake is None:
+            raise
+        raise mistake from None
+
+
+def of_the_device(error: RuntimeError) -> UserError | None:
+    """Say what to do about what a device cannot do; None for any other error."""
+    text = " ".join(str(error).split())
+    if type(error).__name__ == "OutOfMemoryError":
+        return UserError(
+            f"the device's memory is full ({text.partition('. ')[0]}); set a smaller data.batch_size (auto"
+            " finds the largest), checkpointing=true or trainer.precision=bf16-mixed, and in tests"
+            " data.eval_batch_size=1 views.per_forward=1"
+        )
+    operation, found, _ = text.partition(" does not have a deterministic implementation")
+    if found:
+        return UserError(
+            f"{operation} has no deterministic form on this device; trainer.deterministic=warn takes it"
+            " where there is one, and names what has none"
+        )
+    return None
 
 
 def forget_empty_run() -> None:

@@ -1,5 +1,6 @@
 """Runs that end before their time: what is kept, what goes on, and what is said."""
 
+import csv
 import os
 import shutil
 import signal
@@ -363,3 +364,40 @@ def test_the_survival_matrix_with_two_ranks(how):
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+class Lacks(L.Callback):
+    """Ask the device for what it does not have."""
+
+    def __init__(self, what: str):
+        self.what = what
+
+    def on_before_backward(self, *args: object) -> None:
+        if self.what == "memory":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB. GPU 0 has")
+        torch.zeros(2).put_(torch.tensor([1]), torch.ones(1))  # never deterministic, says torch
+
+
+@pytest.mark.parametrize(
+    ("what", "named"), [("memory", "data.batch_size"), ("order", "trainer.deterministic=warn")]
+)
+def test_what_a_device_cannot_do_is_said_in_a_line(vidtrain, tiny_dataset, what, named):
+    run = vidtrain(
+        *RUN, f"data.root={tiny_dataset}", "trainer.deterministic=true", *add("Lacks", what=what)
+    )
+    assert run.code == 2
+    assert named in run.err and len(run.err.splitlines()) == 1, run.err
+
+
+def test_the_same_seed_gives_the_same_losses(vidtrain, tiny_dataset, tmp_path):
+    """With dropout, augmentation and workers; another seed gives others."""
+    line = [*RUN, f"data.root={tiny_dataset}", "trainer.deterministic=true", "augment=strong"]
+    line += ["data.workers=2", "logger=csv", "trainer.log_every_n_steps=1"]
+    losses = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert vidtrain(*line, f"seed={seed}", f"paths.runs={name}").code == 0
+        (path,) = (tmp_path / name).glob("*/*/metrics.csv")
+        rows = list(csv.DictReader(path.read_text().splitlines()))
+        losses.append([row["train/loss"] or row["val/loss"] for row in rows])
+    assert len(losses[0]) > 18 and losses[0] == losses[1] != losses[2]
+    assert_same_end(tmp_path / "a", tmp_path / "b")
