@@ -17,9 +17,10 @@ from vidtrain import checkpoint, config
 from vidtrain.types import UserError
 
 # Keys in which a run that is gone on with may differ from the one that stopped.
-FREE_KEYS = ("resume", "test", "split", "logger", "callbacks", "paths", "debug")
+FREE_KEYS = ("resume", "test", "split", "logger", "callbacks", "paths", "debug", "profile")
 # And those without which its state would not fit.
 PART_KEYS = ("model", "clip", "task", "freeze")
+OPTIM_KEYS = ("_target_", "groups", "layer_decay")
 STATES = ("last.ckpt", "previous.ckpt")
 
 Say = Callable[[str], Any]
@@ -141,8 +142,18 @@ def glob_escape(text: str) -> str:
 def differences(saved: Any, here: dict[str, Any]) -> list[str]:
     """List the top-level parts in which two configs differ, apart from FREE_KEYS."""
     before = OmegaConf.to_container(saved) if not isinstance(saved, dict) else saved
+    before, here = as_asked(before), as_asked(here)
     keys = (set(before) | set(here)) - set(FREE_KEYS)
     return sorted(key for key in keys if before.get(key) != here.get(key))
+
+
+def as_asked(values: dict[str, Any]) -> dict[str, Any]:
+    """Put `auto` back where a run has written what it measured, and named it in `measured`."""
+    asked = {key: value for key, value in values.items() if key != "measured"}
+    for key in values.get("measured", []):
+        group, name = key.split(".")
+        asked[group] = {**asked[group], name: "auto"}
+    return asked
 
 
 def check_same(
@@ -172,6 +183,15 @@ def check_same(
         raise UserError(
             f"resume={run}: that run had another {' and '.join(wrong)};"
             " give the same settings, or ckpt= to start anew from its weights"
+        )
+    optim = dict(saved["config"].get("optim") or {}), config.resolved(cfg)["optim"]
+    wrong = [key for key in OPTIM_KEYS if optim[0].get(key) != optim[1].get(key)]
+    if sum(one.get("schedule") == "one_cycle" for one in optim) == 1:
+        wrong.append("schedule")
+    if wrong:
+        raise UserError(
+            f"resume={run}: that run had another {' and '.join(f'optim.{key}' for key in wrong)}, into which"
+            " its optimizer's state does not fit; give the same, or ckpt= to start anew from its weights"
         )
     if saved["fingerprint"] != description["fingerprint"]:
         say(f"note: the data are not those that {run} began with, so it ends otherwise")

@@ -401,3 +401,38 @@ def test_the_same_seed_gives_the_same_losses(vidtrain, tiny_dataset, tmp_path):
         losses.append([row["train/loss"] or row["val/loss"] for row in rows])
     assert len(losses[0]) > 18 and losses[0] == losses[1] != losses[2]
     assert_same_end(tmp_path / "a", tmp_path / "b")
+
+
+def rates(folder: Path) -> list[float]:
+    (path,) = folder.glob("*/*/metrics.csv")
+    rows = csv.DictReader(path.read_text().splitlines())
+    return [float(row["lr-AdamW/pg1"]) for row in rows if row.get("lr-AdamW/pg1")]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "one_cycle"])
+def test_a_run_goes_on_with_the_settings_that_it_is_given(
+    vidtrain, tiny_dataset, tmp_path, schedule
+):
+    """A lower rate counts from the next step on; what does not fit the old state is refused."""
+    line = [*RUN, f"data.root={tiny_dataset}", "optim=adamw_cosine", f"optim.schedule={schedule}"]
+    line += ["optim.warmup=0.3", "optim.warmup_from=0.1", "logger=csv", "paths.runs=parts"]
+    line += ["trainer.log_every_n_steps=1", "optim.lr=0.01"]
+    assert vidtrain(*line, "paths.runs=whole").code == 0
+    with pytest.raises(RuntimeError, match="an error of a test"):
+        vidtrain(*line, *add("Fail", hook="on_before_backward", at=6))
+    other_schedule = {"cosine": "one_cycle", "one_cycle": "cosine"}[schedule]
+    (run,) = (tmp_path / "parts").glob("*/*")
+    for word, named in (
+        ("optim=sgd_cosine", "_target_"),
+        ("optim.layer_decay=0.5", "optim.layer_decay"),
+        (f"optim.schedule={other_schedule}", "optim.schedule"),
+    ):
+        other = vidtrain(*[w for w in line if w[:6] != word[:6]], word, f"resume={run}")
+        assert other.code == 2 and named in other.err, other.err
+    lower = vidtrain(*line, f"resume={run}", "optim.lr=0.001", "optim.weight_decay=0.2")
+    assert lower.code == 0, lower.err
+    before, after = rates(tmp_path / "whole"), rates(tmp_path / "parts")
+    assert len(before) == 18 and len(after) == 13
+    assert after == pytest.approx([rate / 10 for rate in before[5:]])
+    groups = states(tmp_path / "parts")["optimizer_states"][0]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.2, 0.0]

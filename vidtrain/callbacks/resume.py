@@ -32,7 +32,33 @@ def seed_step(*numbers: int) -> None:
 
 
 class ExactResume(L.Callback):
-    """Start the data where a checkpoint stood, and each batch with random numbers of its own."""
+    """Start the data where a checkpoint stood, and each batch with random numbers of its own.
+
+    The optimizer's settings are those of the run that goes on, where they are others than before: Lightning
+    takes them from the checkpoint, and a lower rate after a loss that went to infinity would not be one.
+    """
+
+    def __init__(self) -> None:
+        self._settings: list[dict[str, Any]] = []
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note the settings, before the checkpoint's take their place."""
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                self._settings.append({k: v for k, v in group.items() if k != "params"})
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put them back; how far the schedule has come stays."""
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        for group, wanted in zip(groups, self._settings, strict=True):
+            group["lr"] *= wanted["initial_lr"] / group["initial_lr"]
+            # One cycle moves these two against the rate, between bounds that are settings as well.
+            moving = {"lr", "momentum", "betas"} if "max_momentum" in wanted else {"lr"}
+            group.update({key: value for key, value in wanted.items() if key not in moving})
+        for config in trainer.lr_scheduler_configs:
+            optimizer = config.scheduler.optimizer
+            config.scheduler.base_lrs = [g["initial_lr"] for g in optimizer.param_groups]
+        self._settings.clear()
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
