@@ -4,13 +4,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from vidtrain import checkpoint
-from vidtrain.parallel import blocks
+from vidtrain.layers.blocks import blocks
+from vidtrain.models.movinet import movinet_a0
+from vidtrain.parallel import Sharded, prepare
+from vidtrain.types import UserError
 
 LINE = [
     "model=toy_3d_cnn", "clip.num_frames=4", "clip.size=16",
@@ -40,7 +44,20 @@ def test_blocks_are_the_rows_of_a_network():
             "head": nn.Linear(4, 2),
         }
     )
-    assert blocks(net) == list(net["blocks"])
+    assert blocks(net) == {f"blocks.{n}": block for n, block in enumerate(net["blocks"])}
+    net["blocks"] = nn.ModuleList(
+        [net["blocks"]]
+    )  # a list of stages, each a list that nothing calls
+    assert list(blocks(net)) == ["blocks.0.0", "blocks.0.1"]
+
+
+def test_what_cannot_be_split_is_said():
+    trainer = SimpleNamespace(strategy=Sharded(), callbacks=[])
+    prepare(SimpleNamespace(model=nn.Linear(2, 2)), trainer)
+    with torch.device("meta"):
+        task = SimpleNamespace(model=movinet_a0(4))
+    with pytest.raises(UserError, match=r"cannot split blocks\.0\.0\.alpha, one number"):
+        prepare(task, trainer)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ came out of a checkpoint only what vidtrain ships, or what the user allows by na
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -267,6 +267,56 @@ def scale_rate(cfg: DictConfig, task: VideoTask, data: VideoDataModule, trainer:
     return line
 
 
+def multigrid(cfg: DictConfig, task: VideoTask, data: VideoDataModule, trainer: Trainer) -> str:
+    """Have the shape of training batches go by a multigrid schedule; say in a line what comes out.
+
+    Raises:
+        UserError: settings that do not go together, or a network that does not take clips of all shapes.
+    """
+    from functools import partial
+
+    from vidtrain.callbacks.multigrid import SplitNorms
+    from vidtrain.data.multigrid import Multigrid, Pace, refuse_shapes
+
+    if data.has_features:
+        raise UserError("multigrid changes the clips of videos, and these data are features")
+    settings, many = _plain(cfg.multigrid), trainer.max_steps != -1
+    plan = Multigrid(
+        data.clip,
+        data.batch_size,
+        None if many else trainer.max_epochs,
+        accumulate=trainer.accumulate_grad_batches,
+        **settings,
+    )
+    refuse_shapes(task.model, plan)
+    repeats = data.augment.repeats
+    most = max(plan.splits(section.first, repeats) for section in plan.sections)
+    if most > 1 and cfg.trainer.get("sync_batchnorm"):
+        raise UserError(
+            "trainer.sync_batchnorm=true takes statistics over all ranks: set multigrid.norm_clips=null"
+        )
+    data.multigrid = plan
+    order = data.training_order(0, trainer.world_size)
+    limit = trainer.limit_train_batches
+
+    def batches(epoch: int) -> int:
+        """Count the batches of an epoch as Lightning does."""
+        order.set_epoch(epoch)
+        return min(limit, len(order)) if isinstance(limit, int) else int(len(order) * limit)
+
+    trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+    if most > 1:
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks.insert(0, SplitNorms(plan, repeats))
+    each = "videos x frames x size² a step and device"
+    if settings["long"] is None:
+        return f"multigrid, {each}, in turn: {', '.join(map(str, plan.shapes()))}"
+    pace = Pace(plan, batches, cfg.optim.get("scaling", "linear"))
+    task.optimizer = partial(task.optimizer, pace=pace)
+    steps = ", ".join(f"{shape}: {count:,}" for shape, count in plan.steps(batches))
+    return f"multigrid, {pace.total:,} steps in {trainer.max_epochs} epochs; {each}: {steps}"
+
+
 def check_optim(cfg: DictConfig) -> None:
     """Build the recipe's optimizer for a toy, so that a mistake shows before data are prepared."""
     from torch import nn
@@ -305,9 +355,13 @@ def callbacks(cfg: DictConfig, run_dir: Path) -> list[Callback]:
     return [*first, *sorted(rest, key=lambda callback: isinstance(callback, Checkpoint))]
 
 
-def loggers(cfg: DictConfig, run_dir: Path) -> list[Logger]:
-    """Build the loggers of `cfg.logger`; they write into the run's folder."""
-    config = OmegaConf.to_container(cfg, resolve=True)
+def loggers(cfg: DictConfig, run_dir: Path, facts: Mapping[str, Any] | None = None) -> list[Logger]:
+    """Build the loggers of `cfg.logger`; they write into the run's folder.
+
+    W&B keeps the config, and beside its keys the facts: which code, which data.
+    """
+    config: Any = OmegaConf.to_container(cfg, resolve=True)  # a verb's own may lack data.root
+    config |= facts or {}
     built: list[Logger] = instantiate(cfg.logger, run_dir=str(run_dir), resolved=config)
     return built
 
@@ -337,8 +391,25 @@ def trainer(
     return built
 
 
+def checkpointing(cfg: DictConfig, network: nn.Module) -> int:
+    """Turn on what `cfg.checkpointing` asks for; asked for again, nothing changes.
+
+    Returns:
+        How many parts are computed again in the backward pass.
+
+    Raises:
+        UserError: the network has no such parts.
+    """
+    from vidtrain.recompute import recompute
+
+    parts = cfg.checkpointing
+    if parts is None or parts is False:
+        return 0
+    return recompute(network, list(parts) if isinstance(parts, ListConfig) else parts)
+
+
 def speed_up(cfg: DictConfig, network: nn.Module, trainer: Trainer) -> str:
-    """Turn on what makes steps faster; say in a line what is on.
+    """Turn on what makes steps faster, or smaller; say in a line what is on.
 
     Raises:
         UserError: settings that do not go together.
@@ -354,6 +425,8 @@ def speed_up(cfg: DictConfig, network: nn.Module, trainer: Trainer) -> str:
         torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = bool(cfg.tf32)
         more += ["tf32"] if cfg.tf32 and str(trainer.precision).startswith("32") else []
+    if count := checkpointing(cfg, network):
+        more.append(f"{count} parts computed again in the backward pass")
     if cfg.compile:
         if isinstance(trainer.strategy, Sharded):
             raise UserError("compile=true does not go with trainer=fsdp; leave one of them out")

@@ -1,7 +1,7 @@
 """Read a checkpoint, and build again what it describes.
 
-A checkpoint of ours carries, beside Lightning's own keys, `vidtrain`: version, resolved config, the
-config before its interpolations were followed (command-line overrides go over that one), label
+A checkpoint of ours carries, beside Lightning's own keys, `vidtrain`: version, the code's commits and
+libraries, resolved config, the config before its interpolations were followed (command-line overrides go over that one), label
 names and the data's fingerprint. Files are loaded with `weights_only=True`: tensors and plain
 values, never code.
 """
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from vidtrain import __version__, build
+from vidtrain import __version__, build, provenance
 from vidtrain.config import resolved
 from vidtrain.tasks.base import VideoTask
 from vidtrain.types import UserError
@@ -30,6 +30,7 @@ def describe(
     """Make the `vidtrain` entry of a checkpoint."""
     return {
         "version": __version__,
+        "code": provenance.code(),
         "command": command,
         "model": model,
         "config": resolved(cfg),

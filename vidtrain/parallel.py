@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as L
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor, nn
+from torch import Tensor
 
-from vidtrain.layers.blocks import block_of
+from vidtrain.layers.blocks import blocks
 from vidtrain.types import UserError
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ def prepare(task: VideoTask, trainer: L.Trainer) -> None:
     """Have the task's network split where the trainer's strategy wants it; else do nothing.
 
     Raises:
-        UserError: an average of the weights is kept, of which each rank would need all.
+        UserError: an average of the weights is kept, of which each rank would need all, or a parameter
+            is a single number (MoViNet's `alpha`), which FSDP2 does not take.
     """
     from vidtrain.callbacks.averaging import EMA, SWA
 
@@ -41,6 +42,9 @@ def prepare(task: VideoTask, trainer: L.Trainer) -> None:
         return
     if any(isinstance(callback, (EMA, SWA)) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         raise UserError("callbacks.ema and callbacks.swa need whole weights: take trainer=ddp")
+    numbers = [name for name, parameter in task.model.named_parameters() if not parameter.ndim]
+    if numbers:
+        raise UserError(f"trainer=fsdp cannot split {numbers[0]}, one number: take trainer=ddp")
     # On this one task: Lightning looks for the hook, and warns of it where nothing is split.
     task.configure_model = partial(shard, task)  # type: ignore[method-assign]
 
@@ -53,16 +57,10 @@ def shard(task: VideoTask) -> None:
     network = task.model
     if getattr(network, "is_sharded", False):  # `fit`, then `test`
         return
-    for block in blocks(network):
+    for block in blocks(network).values():
         fully_shard(block, mesh=mesh)
     fully_shard(network, mesh=mesh)
     network.is_sharded = True  # type: ignore[assignment]
-
-
-def blocks(network: nn.Module) -> list[nn.Module]:
-    """List the blocks of a network's numbered rows (`res3.1`, `blocks.7`), outermost alone."""
-    found = (block_of(name.split(".")[:-1]) for name, _ in network.named_parameters())
-    return [network.get_submodule(name) for name in dict.fromkeys(found) if name is not None]
 
 
 def restore(task: VideoTask, state: Mapping[str, Tensor]) -> None:

@@ -2,23 +2,24 @@ from __future__ import annotations
 
 import csv
 import json
-import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import lightning.pytorch as L
 import pytest
 import torch
+from offline_run import config, history, records
 from torch import nn
 from torch.utils.data import DataLoader
 
 import vidtrain.callbacks.pictures as pictures_module
 from vidtrain import loggers
 from vidtrain.callbacks.pictures import Pictures
+from vidtrain.callbacks.pictures import _Error as Wrong
 from vidtrain.types import Clip
 
 NAMES = ["left", "<b>right</b>", "up", "never seen"]
-BLOCK, HEADER = 32768, 7
 
 pytestmark = [  # what Lightning says of three loaders without workers, and of its own code
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -27,36 +28,16 @@ pytestmark = [  # what Lightning says of three loaders without workers, and of i
 ]
 
 
-def records(path: Path):
-    """Read a .wandb file: LevelDB's log framing around protocol buffers."""
-    from wandb.proto.wandb_internal_pb2 import Record
+class Named(list):
+    """A dataset that knows its rows; row 3 is a piece of a video."""
 
-    data = path.read_bytes()
-    assert data[:4] == b":W&B"
-    at, whole = HEADER, b""
-    while at + HEADER <= len(data):
-        left = BLOCK - at % BLOCK
-        if left < HEADER:  # the rest of a block too short for a header is padding
-            at += left
-            continue
-        _, length, kind = struct.unpack("<IHB", data[at : at + HEADER])
-        whole += data[at + HEADER : at + HEADER + length]
-        at += HEADER + length
-        if kind in (1, 4):  # full, or last part
-            record = Record()
-            record.ParseFromString(whole)
-            whole = b""
-            yield record
+    @property
+    def rows(self):
+        return self
 
-
-def history(path: Path) -> list[dict]:
-    """One dictionary per logged row; what is nested in a value has keys such as classes/path."""
-    rows = []
-    for record in records(path):
-        if record.WhichOneof("record_type") == "history":
-            items = record.history.item
-            rows.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items})
-    return rows
+    def row(self, number: int):
+        piece = (1.5, 2.0) if number == 3 else (None, None)
+        return SimpleNamespace(path=f"{number}.mp4", start=piece[0], end=piece[1])
 
 
 class Rows(L.LightningDataModule):
@@ -81,7 +62,8 @@ class Rows(L.LightningDataModule):
             yield {"video": video, "label": label, "index": torch.tensor(row)}
 
     def train_dataloader(self):
-        return DataLoader(list(self.rows()), batch_size=3)
+        kind = list if self.many else Named
+        return DataLoader(kind(self.rows()), batch_size=3)
 
     val_dataloader = test_dataloader = train_dataloader
 
@@ -122,13 +104,13 @@ def offline(monkeypatch, tmp_path):
     wandb.teardown()
 
 
-def fit(run_dir: Path, callback: Pictures, many: bool = False, **options) -> Path:
-    config = {"model": {"_target_": "vidtrain.models.c3d.c3d"}, "clip": {"num_frames": 4}}
-    with loggers.closing(loggers.build(run_dir, config, wandb="always")) as made:
+def fit(run_dir: Path, callback: Pictures, many: bool = False, module=Tiny, more=()) -> Path:
+    said = {"model": {"_target_": "vidtrain.models.c3d.c3d"}, "clip": {"num_frames": 4}}
+    with loggers.closing(loggers.build(run_dir, said, wandb="always")) as made:
         trainer = L.Trainer(
             default_root_dir=run_dir,
             logger=made,
-            callbacks=[callback],
+            callbacks=[callback, *more],
             max_steps=2,
             accelerator="cpu",
             enable_progress_bar=False,
@@ -136,10 +118,9 @@ def fit(run_dir: Path, callback: Pictures, many: bool = False, **options) -> Pat
             enable_checkpointing=False,
             log_every_n_steps=1,
             val_check_interval=2,
-            **options,
         )
-        trainer.fit(Tiny(), datamodule=Rows(many))
-        trainer.test(Tiny(), datamodule=Rows(many), verbose=False)
+        trainer.fit(module(), datamodule=Rows(many))
+        trainer.test(module(), datamodule=Rows(many), verbose=False)
     import wandb
 
     wandb.teardown()  # the file is whole when W&B's own process has ended
@@ -172,13 +153,7 @@ def test_a_run_offline_holds_curves_config_tables_and_videos(tmp_path, offline, 
     }
     assert [row["val/top1"] for row in rows if "val/top1" in row] == [pytest.approx(1 / 3)]
 
-    config = {
-        item.key or "/".join(item.nested_key): json.loads(item.value_json)
-        for record in records(file)
-        for item in record.run.config.update
-        if record.WhichOneof("record_type") == "run"
-    }
-    assert config["model"] == {"_target_": "vidtrain.models.c3d.c3d"}
+    assert config(file)["model"] == {"_target_": "vidtrain.models.c3d.c3d"}
     run = next(r.run for r in records(file) if r.WhichOneof("record_type") == "run")
     assert (run.project, run.run_group) == ("vidtrain", "c3d-demo")
     assert run.display_name == "c3d-demo/2026-01-01"
@@ -201,9 +176,9 @@ def test_a_run_offline_holds_curves_config_tables_and_videos(tmp_path, offline, 
 
         # One of each batch, so of each class, though the rows are sorted by class.
         assert [caption.split(" | ")[:2] for caption in row[f"{stage}/videos/captions"]] == [
-            ["row 0", "is left"],
-            ["row 3", "is <b>right</b>"],
-            ["row 6", "is up"],
+            ["0.mp4", "is left 0.00"],
+            ["3.mp4 (1.5-2 s)", "is <b>right</b> 0.70"],
+            ["6.mp4", "is up 0.00"],
         ]
         assert "said <b>right</b> 0.70" in row[f"{stage}/videos/captions"][0]
         for video, row_number in zip(row[f"{stage}/videos/videos"], (0, 3, 6), strict=True):
@@ -227,7 +202,79 @@ def test_many_labels_make_a_table_of_average_precision(tmp_path, offline):
     ]
     assert [value for _, value, _ in table["data"]] == pytest.approx([1, 1 / 3, 1 / 3])
     assert not any("confus" in key for key in row)
-    assert row["val/videos/captions"][0].startswith("row 0 | is left | said")
+    assert row["val/videos/captions"][0].startswith("row 0 | is left 0.00 | said")
+
+
+# What the true class gets; the best answer is always NAMES[1], which 3, 4 and 5 are.
+TRUE = (0.2, 0.05, 0.3, 0.7, 0.7, 0.7, 0.25, 0.01, 0.1)
+
+
+class Unsure(Tiny):
+    def test_step(self, batch, batch_idx):
+        made = super().test_step(batch, batch_idx)
+        for i, row in enumerate(batch["index"].tolist()):
+            made["scores"][i, row // 3] = TRUE[row]
+        return made
+
+
+def test_the_worst_errors_are_shown_and_no_more_are_kept(tmp_path, offline):
+    kept, callback = [], Pictures(num_videos=0, num_errors=3)
+
+    class Watch(L.Callback):
+        def on_validation_batch_end(self, *args):
+            kept.append([(e.row, e.frames.dtype) for e in callback.errors])
+
+    file = fit(tmp_path, callback, module=Unsure, more=[Watch()])
+    kept = kept[2:]  # Lightning's two batches before training are not counted
+    assert [[row for row, _ in errors] for errors in kept] == [[1, 0, 2], [1, 0, 2], [7, 1, 8]]
+    assert all(dtype == torch.uint8 for errors in kept for _, dtype in errors)
+    (row,) = [row for row in history(file) if "val/worst_errors/count" in row]
+    assert "val/videos/count" not in row
+    captions = [caption.split(" | ") for caption in row["val/worst_errors/captions"]]
+    assert [words[:2] for words in captions] == [
+        ["7.mp4", "is up 0.01"],
+        ["1.mp4", "is left 0.05"],
+        ["8.mp4", "is up 0.10"],
+    ]
+    assert all(words[2].startswith("said <b>right</b> 0.70") for words in captions)
+    for video, number in zip(row["val/worst_errors/videos"], (7, 1, 8), strict=True):
+        with av.open(str(file.parent / "files" / video["path"])) as mp4:
+            frames = [frame.to_ndarray(format="rgb24") for frame in mp4.decode(video=0)]
+        assert len(frames) == 4 and abs(int(frames[0].mean()) - 20 * number) <= 3
+
+
+def test_the_worst_of_all_ranks_are_chosen(monkeypatch):
+    frames = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
+    callback = Pictures(num_errors=2)
+    callback.errors = [Wrong(0.1, 0, frames, "c"), Wrong(0.4, 2, frames, "d")]
+    # A sampler that fills up the last batch gives a video to both ranks.
+    other = [(0.05, 1, b"mp4", "b"), (0.1, 0, b"mp4", "c")]
+
+    def gather(parts, own):
+        parts[:] = [other, own]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    (first, caption), (second, again) = callback._worst(2, 10.0)
+    assert (first, caption, again) == (b"mp4", "b", "c")
+    assert second[4:8] == b"ftyp"  # an mp4 file's first words
+    monkeypatch.delattr(torch.distributed, "all_gather_object")  # one rank asks nobody
+    assert [caption for _, caption in callback._worst(1, 10.0)] == ["c", "d"]
+
+
+def test_several_labels_are_wrong_where_the_best_answer_is_none_of_them():
+    callback = Pictures(num_errors=3)
+    scores = torch.tensor([[0.9, 0.1, 0.2], [0.8, 0.1, 0.3], [0.9, 0.2, 0.3], [0.9, 0.0, 0.0]])
+    target = torch.tensor([[1, 0, 1], [0, 1, 0], [0, 1, 1], [0, 0, 0]])
+    batch = {"video": torch.zeros(4, 1, 3, 2, 4, 4), "index": torch.tensor([5, 6, 7, 8])}
+    data = SimpleNamespace(clip=Rows.clip, label_names=["a", "b", "c"])
+    trainer = SimpleNamespace(datamodule=data, testing=False, val_dataloaders=None)
+    callback._take_errors(trainer, batch, scores, target)
+    assert [(e.row, round(e.score, 2)) for e in callback.errors] == [(6, 0.1), (7, 0.3)]
+    assert callback.errors[1].caption.startswith("row 7 | is b 0.20, c 0.30 | said a 0.90")
+    unlabelled = torch.full((4,), -1)
+    callback.errors = []
+    callback._take_errors(trainer, batch, scores, unlabelled)
+    assert callback.errors == []
 
 
 def test_without_wandb_nothing_is_kept(tmp_path, monkeypatch):

@@ -79,6 +79,27 @@ def test_two_runs_side_by_side(vidtrain, tmp_path):
     assert "optim.lr 0.01 0.03" in said
 
 
+def test_each_run_says_its_code_and_data(vidtrain, tmp_path):
+    a = write_run(tmp_path / "runs" / "c3d-pool" / "now", "c3d", 1)
+    b = write_run(tmp_path / "runs" / "x3d-pool" / "now", "x3d", 3, tested=False)
+    code = {"vidtrain": "0.1.0", "commit": "1234567890abcdef", "dirty": False, "torch": "<2.11>"}
+    report = json.loads((a / "report.json").read_text())
+    (a / "report.json").write_text(json.dumps({**report, "code": code}))
+    made = {"code": {**code, "dirty": True}, "dataset": {"fingerprint": "def"}}
+    (b / "run.json").write_text(json.dumps(made))
+    done = vidtrain("report", a, b, "output=page.html")
+    assert done.code == 0, done.err
+    said = text_of(tmp_path / "page.html")
+    assert "They were not trained with the same code." in said
+    first, second = said[said.index("Made from") :].split(str(b))
+    assert "vidtrain 0.1.0; commit 1234567890ab; PyTorch &lt;2.11&gt;" in first
+    assert "data with fingerprint abc" in first
+    assert "commit 1234567890ab, changed since;" in second and "fingerprint def" in second
+    (b / "run.json").write_text("torn")
+    assert vidtrain("report", a, b, "output=page.html").code == 0
+    assert "not trained with the same code" not in text_of(tmp_path / "page.html")
+
+
 def test_what_makes_scores_incomparable_is_said_in_words(vidtrain, tmp_path):
     a = write_run(tmp_path / "a", "c3d", 2)
     b = write_run(tmp_path / "b", "c3d", 2, crops=1, frames=8)

@@ -71,7 +71,7 @@ def test_every_dataset_composes_and_its_keys_are_arguments(compose, data):
 
 
 @pytest.mark.parametrize(
-    "group", ["augment", "optim", "trainer", "callbacks", "logger", "task", "debug"]
+    "group", ["augment", "multigrid", "optim", "trainer", "callbacks", "logger", "task", "debug"]
 )
 def test_every_option_of_a_group_composes_and_binds(compose, group):
     for name in names(group):

@@ -36,7 +36,7 @@ SMALL = {
     "*_18": ["clip.size=32", "clip.num_frames=8"],
     "x3d_*": ["clip.size=48", "clip.num_frames=4"],
     # A path that is dropped for both samples gets no gradient.
-    "movinet_*": ["clip.size=32", "clip.num_frames=5", "+model.drop_path=0"],
+    "movinet_*": ["clip.size=32", "clip.num_frames=5", "model.drop_path=0"],
     "*": ["clip.size=48"],
 }
 

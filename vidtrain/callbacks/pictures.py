@@ -1,4 +1,4 @@
-"""Pictures of a run for Weights & Biases: what the model sees, says, and confuses."""
+"""Pictures of a run for Weights & Biases: what the model sees, says, confuses and gets most wrong."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import tempfile
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as L
 import torch
@@ -24,21 +24,34 @@ LARGEST_MATRIX = 50  # classes; beyond, a table of the most confused pairs says 
 PAIRS = 100
 
 
+class _Error(NamedTuple):
+    """A video that was got wrong."""
+
+    score: float  # of its label, the best of several; the lower, the higher is the loss
+    row: int
+    frames: Tensor  # (T, C, H, W) uint8
+    caption: str
+
+
 class Pictures(L.Callback):
-    """Log a table of classes, a confusion matrix and a few videos after each validation and test.
+    """Log a table of classes, a confusion matrix and two galleries after each validation and test.
 
     With many labels a video the table holds the average precision of each class, and there is no
     confusion matrix. Without a W&B logger nothing happens and nothing is kept.
 
     Args:
-        num_videos: videos shown, spread over the split; the same ones every time.
+        num_videos: videos shown as `videos`, spread over the split; the same ones every time.
+        num_errors: videos shown as `worst_errors`: of those whose best answer is wrong, of all ranks, the
+            ones whose label has the lowest score (of several labels the best), which for one label
+            is the highest loss. So many clips are kept at a time, no more.
     """
 
-    def __init__(self, num_videos: int = 4) -> None:
-        self.num_videos = num_videos
+    def __init__(self, num_videos: int = 4, num_errors: int = 8) -> None:
+        self.num_videos, self.num_errors = num_videos, num_errors
         self.metric: Metric | None = None
         self.positives = torch.zeros(0)  # (K,) videos with each label, where there are many
         self.videos: list[tuple[Tensor, str]] = []  # (T, C, H, W) uint8, and what it says below
+        self.errors: list[_Error] = []  # of this rank, the worst first
         self.wanted: Counter[int] = Counter()  # batch -> how many of its videos
         self.on = False
 
@@ -95,7 +108,7 @@ class Pictures(L.Callback):
             int(i * count / self.num_videos) if count != float("inf") else i
             for i in range(self.num_videos)
         ]
-        self.metric, self.videos, self.wanted = None, [], Counter(spread)
+        self.metric, self.videos, self.errors, self.wanted = None, [], [], Counter(spread)
 
     def _take(self, trainer: L.Trainer, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not self.on or trainer.sanity_checking or not outputs:
@@ -110,10 +123,35 @@ class Pictures(L.Callback):
         self.metric.update(scores.float(), target.long())
         if target.ndim == 2:
             self.positives += target.sum(0)
-        if trainer.is_global_zero and "video" in batch:  # flow or features alone are not shown
+        if "video" not in batch:  # flow or features alone are not shown
+            return
+        if trainer.is_global_zero:
             count = min(self.wanted[batch_idx], len(scores))
             for i in torch.linspace(0, len(scores) - 1, count).round().long().tolist():
                 self.videos.append(self._video(trainer, batch, scores, target, i))
+        self._take_errors(trainer, batch, scores, target)
+
+    def _take_errors(self, trainer: L.Trainer, batch: Any, scores: Tensor, target: Tensor) -> None:
+        """Keep a batch's errors that are worse than the best one kept."""
+        if not self.num_errors:
+            return
+        if target.ndim == 1:  # -1, of a video without a label, is no class
+            truth = target[:, None] == torch.arange(scores.shape[1], device=target.device)
+        else:
+            truth = target.bool()
+        of_truth = scores.float().masked_fill(~truth, -1.0).amax(1)
+        wrong = truth.any(1) & ~truth.gather(1, scores.argmax(1, keepdim=True)).squeeze(1)
+        found = [
+            (score, i)
+            for i, (score, is_wrong) in enumerate(torch.stack([of_truth, wrong], 1).tolist())
+            if is_wrong
+        ]
+        for score, i in sorted(found):
+            if len(self.errors) == self.num_errors and score >= self.errors[-1].score:
+                break
+            frames, caption = self._video(trainer, batch, scores, target, i)
+            kept = [*self.errors, _Error(score, int(batch["index"][i]), frames, caption)]
+            self.errors = sorted(kept, key=lambda e: (e.score, e.row))[: self.num_errors]
 
     def _video(
         self, trainer: L.Trainer, batch: Any, scores: Tensor, target: Tensor, i: int
@@ -131,8 +169,9 @@ class Pictures(L.Callback):
             for score, k in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         )
         true = [target[i].item()] if target.ndim == 1 else target[i].nonzero().flatten().tolist()
-        truth = ", ".join(names[int(k)] for k in true if k >= 0) or "none"
-        return frames.cpu(), f"row {int(batch['index'][i])} | is {truth} | said {answers}"
+        truth = ", ".join(f"{names[k]} {scores[i, k]:.2f}" for k in map(int, true) if k >= 0)
+        name = _name(trainer, int(batch["index"][i]))
+        return frames.cpu(), f"{name} | is {truth or 'none'} | said {answers}"
 
     def _log(self, trainer: L.Trainer, stage: str) -> None:
         # On every rank: adding up the metric is a meeting of all. A rank none of whose videos
@@ -147,27 +186,30 @@ class Pictures(L.Callback):
             warnings.filterwarnings("ignore", message="No positive samples")
             result = self.metric.compute().cpu()
         positives = trainer.strategy.reduce(self.positives, reduce_op="sum").cpu()
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        rate = max(1.0, (data.clip.fps or 30) / data.clip.stride)
+        errors = self._worst(trainer.world_size, rate)
         if not trainer.is_global_zero:
             return
         import wandb
 
-        names = list(trainer.datamodule.label_names)  # type: ignore[attr-defined]
+        names = list(data.label_names)
         names += [str(k) for k in range(len(names), len(result))]
         if result.ndim == 1:
             pictures = _precision(result, positives, names)
         else:
             pictures = _confusion(result, names)
-        data = trainer.datamodule  # type: ignore[attr-defined]
         step = trainer.fit_loop.epoch_loop._batches_that_stepped  # where Lightning puts the scores
-        rate = max(1.0, (data.clip.fps or 30) / data.clip.stride)
+        spread = [(_mp4(frames, rate), caption) for frames, caption in self.videos]
         with tempfile.TemporaryDirectory() as folder:
-            shown = []
-            for i, (frames, caption) in enumerate(self.videos):
-                path = Path(folder) / f"{stage}_{i}.mp4"
-                write_mp4(frames, rate, path)
-                shown.append(wandb.Video(str(path), caption=caption, format="mp4"))
-            if shown:
-                pictures["videos"] = shown
+            for kind, clips in (("videos", spread), ("worst_errors", errors)):
+                shown = []
+                for i, (content, caption) in enumerate(clips):
+                    path = Path(folder) / f"{stage}_{kind}_{i}.mp4"
+                    path.write_bytes(content)
+                    shown.append(wandb.Video(str(path), caption=caption, format="mp4"))
+                if shown:
+                    pictures[kind] = shown
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):
                     logger.experiment.log(
@@ -176,7 +218,40 @@ class Pictures(L.Callback):
                             "trainer/global_step": step,
                         }
                     )
-        self.metric, self.videos = None, []
+        self.metric, self.videos, self.errors = None, [], []
+
+    def _worst(self, world_size: int, rate: float) -> list[tuple[bytes, str]]:
+        """Encode the worst errors of this rank, and choose the worst of all ranks: mp4 and caption."""
+        found = [(e.score, e.row, _mp4(e.frames, rate), e.caption) for e in self.errors]
+        if world_size > 1:  # encoded they are small
+            parts: list[Any] = [None] * world_size
+            torch.distributed.all_gather_object(parts, found)
+            found = [error for part in parts for error in part]
+        rows = {row: (score, row, content, caption) for score, row, content, caption in found}
+        return [(content, caption) for *_, content, caption in sorted(rows.values())][
+            : self.num_errors
+        ]
+
+
+def _name(trainer: L.Trainer, row: int) -> str:
+    """Name a video as `predictions.csv` does; a piece of one with its seconds."""
+    loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
+    rows = getattr(getattr(loaders, "dataset", None), "rows", None)
+    if rows is None:
+        return f"row {row}"
+    found = rows.row(row)
+    if found.start is None and found.end is None:
+        return str(found.path)
+    end = "" if found.end is None else f"{found.end:g}"
+    return f"{found.path} ({found.start or 0:g}-{end} s)"
+
+
+def _mp4(frames: Tensor, rate: float) -> bytes:
+    """Encode `(T, C, H, W)` uint8 frames."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "clip.mp4"
+        write_mp4(frames, rate, path)
+        return path.read_bytes()
 
 
 def _confusion(counts: Tensor, names: list[str]) -> dict[str, Any]:

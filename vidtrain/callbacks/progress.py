@@ -16,10 +16,15 @@ def measured(trainer: L.Trainer) -> dict[str, str]:
     """Read the throughput callback, where there is one, for display."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Throughput) and callback.clips_per_second:
-            return {
+            shown = {
                 "clips/s": f"{callback.clips_per_second:.1f}",
                 "data wait": f"{callback.data_wait:.0%}",
             }
+            if "gpu_memory" in callback.latest:
+                shown["GPU"] = f"{callback.latest['gpu_memory']:.1f} GB"
+            if "mfu" in callback.latest:
+                shown["MFU"] = f"{callback.latest['mfu']:.0%}"
+            return shown
     return {}
 
 

@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vidtrain import build, config
+from vidtrain.callbacks import largest_batch
 from vidtrain.commands.train import quieten
 from vidtrain.data.cache import SHARE_OF_DISK, SHARE_OF_MEMORY
 from vidtrain.data.crew import cores
@@ -137,6 +138,8 @@ def main(cfg: DictConfig) -> None:
     quieten()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     build.check_optim(cfg)
+    if cfg.data.batch_size == largest_batch.AUTO:
+        largest_batch.check_accelerator(cfg.trainer.accelerator)
     data = build.data(cfg)
     if cfg.data.num_classes is None:
         with open_dict(cfg):
@@ -147,6 +150,10 @@ def main(cfg: DictConfig) -> None:
     task = build.task(cfg, build.model(cfg))
     data.feed(task.model.inputs)  # type: ignore[arg-type]
     trainer = build.trainer(cfg, Path("."), [], [])
+    if cfg.data.batch_size == largest_batch.AUTO:
+        tell("batch size")
+        data.batch_size = largest_batch.fitting_batch(trainer, task, data).size
+        largest_batch.refuse_none(data.batch_size)
     try:
         found = measure(data, task, trainer, float(seconds))
     finally:

@@ -177,6 +177,7 @@ def gather(run: Path) -> Run:
     except Exception as error:  # whatever the YAML's parser makes of a torn file
         raise UserError(f"{path} cannot be read as a config ({error})") from None
     target = str(OmegaConf.select(cfg, "model._target_") or "")
+    made = _made(trained)
     return Run(
         name=run.name,
         folder=str(run),
@@ -188,7 +189,18 @@ def gather(run: Path) -> Run:
         settings=settings,
         metric=sweep.metric(cfg),
         minutes=_minutes(trained),
+        code=made.get("code") or report.get("code") or {},
+        fingerprint=str((made.get("dataset") or report).get("fingerprint") or ""),
     )
+
+
+def _made(run: Path) -> dict[str, Any]:
+    """Read what a run says of its code and its data; empty where it says nothing."""
+    try:
+        made = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return made if isinstance(made, dict) else {}
 
 
 def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from vidtrain import __version__, build, checkpoint, config
+from vidtrain import __version__, build, checkpoint, config, provenance
 from vidtrain.loggers import closing
 from vidtrain.types import Failure, UserError, VideoReader
 
@@ -76,12 +76,16 @@ def score(
     compare_data(saved["vidtrain"], data, console)
 
     run_dir.mkdir(parents=True, exist_ok=True)
-    with closing(build.loggers(cfg, run_dir)) as loggers:
+    seen = {k: v for k, v in config.resolved(merged).items() if k not in OF_COMMAND}
+    facts = {**seen, "code": provenance.code(), "dataset": provenance.dataset(data)}
+    with closing(build.loggers(cfg, run_dir, facts)) as loggers:
         trainer = build.trainer(cfg, run_dir, build.callbacks(cfg, run_dir), loggers)
         return run_test(data, task, trainer, run_dir, path, console)
 
 
 OF_TEST = ("ckpt", "split", "output", "allow", "test", "resume")
+# What a test has of its own; all other parts of its config come out of the checkpoint.
+OF_COMMAND = (*OF_TEST, "trainer", "callbacks", "logger", "paths")
 
 
 def output_folder(cfg: DictConfig, path: Path, verb: str) -> Path:
@@ -189,6 +193,7 @@ def run_test(
         "verb": "test",
         "created": time.strftime("%Y-%m-%d %H:%M:%S"),
         "command": task.description.get("command", ""),
+        "code": task.description.get("code"),  # that it was trained with
         "model": task.description["model"],
         "data": data.name,
         "split": data.test_split,

@@ -12,17 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 
-from vidtrain import build, checkpoint, config, parallel, resume
+from vidtrain import build, checkpoint, config, parallel, provenance, resume
+from vidtrain.callbacks import largest_batch, profile
 from vidtrain.callbacks.checkpoint import Checkpoint, Stopped
 from vidtrain.callbacks.finite import NotFinite
 from vidtrain.callbacks.saving import CannotSave
-from vidtrain.commands.test import run_test
+from vidtrain.commands.test import run_test, write_json
 from vidtrain.data.manifest import is_url
 from vidtrain.loggers import closing
+from vidtrain.types import UserError
 from vidtrain.weights.load import fill
 
 
@@ -35,8 +38,14 @@ def main(cfg: DictConfig) -> float | int | None:
     run_dir = config.output_dir()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
 
+    if cfg.profile:
+        profile.check(cfg)
     start = None if cfg.ckpt is None else checkpoint.find(cfg.ckpt)
     build.check_optim(cfg)
+    if cfg.data.batch_size == largest_batch.AUTO:
+        largest_batch.check_accelerator(cfg.trainer.accelerator)
+        if cfg.get("multigrid") is not None:
+            raise UserError("multigrid's batches have several sizes; set data.batch_size=N")
     named = resume.named(cfg, partial(tell_line, console))
     weights = build.weights(cfg, start or named, partial(tell_line, console))
     with open_dict(cfg):  # so that the checkpoint can be tested from any folder
@@ -60,27 +69,55 @@ def main(cfg: DictConfig) -> float | int | None:
     )
     if task.frozen or cfg.get("freeze"):
         tell_line(console, frozen_line(task))
+    build.checkpointing(cfg, network)  # here, so that a mistake leaves no run behind
     resume_from = resume.find(cfg, named, run_dir, task.description, partial(tell_line, console))
     if resume_from is None:
         for part in weights:
             tell_line(console, fill(network, part, data.label_names))
+    elif cfg.data.batch_size == largest_batch.AUTO:  # as before, or it would be another run
+        before = checkpoint.load(resume_from)["vidtrain"]["config"]
+        take_batch_size(cfg, before["data"]["batch_size"], task, data)
     weights.clear()  # a whole network's tensors
     if resume_from is not None:
         made, run_dir = run_dir, resume_from.parent.parent
         if made != run_dir and made.is_dir() and not any(made.iterdir()):
             made.rmdir()
     run_dir.mkdir(parents=True, exist_ok=True)
+    facts = {key: task.description[key] for key in ("command", "code")}
+    facts["dataset"] = provenance.dataset(data)
     if first:
-        OmegaConf.save(OmegaConf.create(config.resolved(cfg)), run_dir / "config.yaml")
+        save_config(cfg, run_dir)
+        write_json(run_dir / "run.json", facts)
     console.print(f"run [bold]{run_dir}[/bold]", highlight=False)
 
     callbacks = build.callbacks(cfg, run_dir)
     saver = next((c for c in callbacks if isinstance(c, Checkpoint)), None)
-    with closing(build.loggers(cfg, run_dir)) as loggers:
+    with closing(build.loggers(cfg, run_dir, facts)) as loggers:
         trainer = build.trainer(cfg, run_dir, callbacks, loggers)
-        tell_line(console, build.scale_rate(cfg, task, data, trainer))
+        if cfg.data.batch_size == largest_batch.AUTO:
+
+            def settle(size: int) -> None:
+                take_batch_size(cfg, size, task, data)
+                if first:
+                    save_config(cfg, run_dir)
+                for logger in loggers:
+                    if isinstance(logger, WandbLogger):
+                        logger.log_hyperparams({"data": config.resolved(cfg)["data"]})
+                tell_line(console, build.scale_rate(cfg, task, data, trainer))
+
+            finder: Any = largest_batch.LargestBatch(settle, partial(tell_line, console))
+            trainer.callbacks.append(finder)  # type: ignore[attr-defined]
+        else:
+            tell_line(console, build.scale_rate(cfg, task, data, trainer))
+        if cfg.get("multigrid") is not None:
+            tell_line(console, build.multigrid(cfg, task, data, trainer))
         tell_line(console, build.speed_up(cfg, network, trainer))
         parallel.prepare(task, trainer)
+        if cfg.profile:
+            found = profile.run(task, data, trainer, run_dir / "trace.json" if first else None)
+            if first:
+                profile.show(found, run_dir, console)
+            return None
         try:
             trainer.fit(task, datamodule=data, ckpt_path=resume_from, weights_only=True)
         except Stopped as stop:
@@ -104,6 +141,20 @@ def main(cfg: DictConfig) -> float | int | None:
             run_test(data, task, trainer, run_dir, best, console)
     score = saver.best_model_score if saver is not None else None
     return float(score) if score is not None else None
+
+
+def take_batch_size(cfg: DictConfig, size: int, task: Any, data: Any) -> None:
+    """Make a number of `data.batch_size=auto`, here and in the checkpoints; `measured` keeps that it was."""
+    with open_dict(cfg):
+        cfg.data.batch_size, cfg.measured = size, ["data.batch_size"]
+    data.batch_size = size
+    template = OmegaConf.to_container(cfg, resolve=False)
+    task.description |= {"config": config.resolved(cfg), "template": template}
+
+
+def save_config(cfg: DictConfig, run_dir: Path) -> None:
+    """Write `config.yaml`."""
+    OmegaConf.save(OmegaConf.create(config.resolved(cfg)), run_dir / "config.yaml")
 
 
 def quieten() -> None:

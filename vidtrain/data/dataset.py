@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +16,7 @@ from vidtrain.data import sampling
 from vidtrain.data.collate import Empty, plain_memory
 from vidtrain.data.fields import Flow, Wanted
 from vidtrain.data.manifest import Row
+from vidtrain.data.multigrid import Shape
 from vidtrain.data.order import Key
 from vidtrain.data.sources import Sources
 from vidtrain.data.spill import Spill
@@ -167,8 +169,9 @@ class VideoDataset(Dataset[Sample]):
         return len(self.rows)
 
     def __getitem__(self, key: Key) -> Sample:
-        """Load row `key[0]` with the random draws of seed `key[1]`."""
-        index, seed = key
+        """Load row `key[0]` with the random draws of seed `key[1]`, as a clip of the shape `key[2]`, if any."""
+        index, seed, *shape = key
+        seen = self.seen_as(*shape) if shape else self
         failures: list[Failure] = []
         for attempt in range(STAND_INS):
             # Anew for each, so that what is drawn does not depend on how far the last one came.
@@ -180,7 +183,7 @@ class VideoDataset(Dataset[Sample]):
             try:
                 if index in self.lost:
                     raise DecodeError(name, self.lost[index])
-                sample = self.load(row, name, rng)
+                sample = seen.load(row, name, rng)
             except DecodeError as error:
                 if self.on_error == "raise":
                     raise UserError(f"{error} (data.on_error=skip would go on without)") from None
@@ -198,6 +201,13 @@ class VideoDataset(Dataset[Sample]):
             f"{STAND_INS} videos in a row cannot be read ({listed}; ...);"
             " `vidtrain data action=check` lists what is wrong with each"
         )
+
+    def seen_as(self, shape: Shape) -> VideoDataset:
+        """Give the same videos as clips of another shape."""
+        seen = copy.copy(self)
+        seen.clip = shape.of(self.clip)
+        seen.size = shape.size
+        return seen
 
     def label(self, row: Row) -> Tensor:
         """Give the class as `()` int64, -1 where unknown, or `(K,)` zeros and ones for many."""

@@ -29,6 +29,7 @@ from vidtrain.data.flow import BOUND, DIRECTIONS, METHODS, default_root
 from vidtrain.data.indices import IndexStore
 from vidtrain.data.loader import Loader, start_worker
 from vidtrain.data.manifest import Annotations, Manifest, Row, is_url
+from vidtrain.data.multigrid import Multigrid
 from vidtrain.data.order import EvaluationOrder, TrainingOrder
 from vidtrain.data.prepare.packed import stamp
 from vidtrain.data.prepare.splits import carve_validation
@@ -85,6 +86,7 @@ class VideoDataModule(L.LightningDataModule):
         on_error: what a video does that cannot be read: `skip` or `raise`.
         max_failures: share of an epoch (read by a callback).
         shuffle: False repeats the first epoch's order and clips.
+        batch_size: videos of a training batch on each device; `auto`: as many as fit a GPU's memory.
         drop_last: every training batch has `batch_size` clips; what is left over waits.
         balance: 0: an epoch has every training video once; 1: as many of each class, drawn by chance; between
             them, classes in proportion to their size to the power of `1 - balance`.
@@ -107,7 +109,12 @@ class VideoDataModule(L.LightningDataModule):
         flow_mean: subtract each field's own mean vector.
         flow_weights: RAFT's file.
         contents: of the dataset's files: `videos` or `features`.
+
+    Attributes:
+        multigrid: the shapes of training batches; None: all are of `batch_size` and `clip`.
     """
+
+    multigrid: Multigrid | None = None
 
     def __init__(
         self,
@@ -125,7 +132,7 @@ class VideoDataModule(L.LightningDataModule):
         hflip: bool = True,
         multi_label: bool = False,
         val_fraction: float = 0.0,
-        batch_size: int = 8,
+        batch_size: int | str = 8,
         eval_batch_size: int | None = None,
         workers: int | str = "auto",
         decoder: str = "auto",
@@ -155,7 +162,7 @@ class VideoDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         check_numbers(
-            ("batch_size", batch_size, 1),
+            ("batch_size", 1 if batch_size == "auto" else batch_size, 1),
             ("eval_batch_size", 1 if eval_batch_size is None else eval_batch_size, 1),
             ("workers", 0 if workers == "auto" else workers, 0),
             ("prefetch", prefetch, 1),
@@ -192,7 +199,7 @@ class VideoDataModule(L.LightningDataModule):
         self.sampling, self.past_end = sampling, past_end
         self.region, self.span = region, span
         self.multi_label, self.val_fraction = multi_label, val_fraction
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.wanted_batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.wanted_workers = workers
         self.decoder, self.on_error, self.max_failures = decoder, on_error, max_failures
         self.shuffle, self.drop_last, self.seed = shuffle, drop_last, seed
@@ -225,6 +232,7 @@ class VideoDataModule(L.LightningDataModule):
         self._sources: Sources | None = None
         self._transform: DeviceTransform | None = None
         self._loaders: list[Loader] = []
+        self._reused: dict[str, Loader] = {}
 
     @property
     def workers(self) -> int:
@@ -232,6 +240,23 @@ class VideoDataModule(L.LightningDataModule):
         if self.wanted_workers != "auto":
             return int(self.wanted_workers)
         return default_workers(self.trainer.num_devices if self.trainer else 1)
+
+    @property
+    def batch_size(self) -> int:
+        """Videos of a training batch, on each device.
+
+        Raises:
+            UserError: it is `auto`, and nobody has looked what fits (`callbacks/largest_batch.py`).
+        """
+        if self.wanted_batch_size == "auto":
+            raise UserError(
+                "data.batch_size=auto is found when training begins; set data.batch_size=N"
+            )
+        return int(self.wanted_batch_size)
+
+    @batch_size.setter
+    def batch_size(self, size: int) -> None:
+        self.wanted_batch_size = size
 
     @property
     def has_features(self) -> bool:
@@ -472,7 +497,7 @@ class VideoDataModule(L.LightningDataModule):
     def _rank(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    def _loader(self, dataset: VideoDataset, order: Any) -> Loader:
+    def _loader(self, dataset: VideoDataset, order: Any, reused_as: str | None = None) -> Loader:
         loader = Loader(
             dataset,
             order,
@@ -485,6 +510,8 @@ class VideoDataModule(L.LightningDataModule):
             worker_init=start_worker,
         )
         self._loaders.append(loader)
+        if reused_as is not None and self.multigrid is not None:  # asked for anew each epoch
+            self._reused[reused_as] = loader
         return loader
 
     def teardown(self, stage: str) -> None:
@@ -492,6 +519,7 @@ class VideoDataModule(L.LightningDataModule):
         for loader in self._loaders:
             loader.close()
         self._loaders.clear()
+        self._reused.clear()
         cache = self._sources.cache if self._sources else None
         if stage == "fit" and cache is not None and cache.report().left_out:
             self._say(
@@ -504,18 +532,29 @@ class VideoDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> Loader:
         """Random clips of the training split, an order of its own each epoch."""
-        dataset = self.dataset(self.split_of("train"), training=True)
-        order = TrainingOrder(
-            len(dataset),
+        loader = self._reused.get("train")
+        if loader is None:
+            dataset = self.dataset(self.split_of("train"), training=True)
+            order = self.training_order(*self._rank())
+            order.epoch, order.start = self.start_at
+            loader = self._loader(dataset, order, reused_as="train")
+        if self.multigrid is not None and self.trainer is not None:
+            loader.order.set_epoch(self.trainer.current_epoch)  # Lightning asks how long it is
+        return loader
+
+    def training_order(self, rank: int, world: int) -> TrainingOrder:
+        """Give the order of the training rows."""
+        return TrainingOrder(
+            self.manifest.splits["train"],
             self.batch_size,
             self.seed,
-            *self._rank(),
+            rank,
+            world,
             self.shuffle,
             self.drop_last,
             self._row_weights(),
+            self.multigrid.cycle if self.multigrid is not None else None,
         )
-        order.epoch, order.start = self.start_at
-        return self._loader(dataset, order)
 
     def _row_weights(self) -> np.ndarray | None:
         """Weigh the training rows so that classes come in the proportions that `balance` asks for."""
@@ -543,9 +582,12 @@ class VideoDataModule(L.LightningDataModule):
         """The middle clip of each validation video; nothing where there are none."""
         if not self.has_split("val"):
             return []
+        if "val" in self._reused:
+            return self._reused["val"]
         dataset = self.dataset("val")
         size = self.eval_batch_size or self.batch_size
-        return self._loader(dataset, EvaluationOrder(len(dataset), size, *self._rank()))
+        order = EvaluationOrder(len(dataset), size, *self._rank())
+        return self._loader(dataset, order, reused_as="val")
 
     def test_dataloader(self) -> Loader:
         """All views of each test video."""

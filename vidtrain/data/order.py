@@ -6,12 +6,15 @@ and random draws that were still to come.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from torch.utils.data import Sampler
 
-Key = tuple[int, int]  # the row of the split, and the seed of its random draws
+from vidtrain.data.multigrid import Shape
+
+# The row of the split, the seed of its random draws, and its clip's shape where that is not the default.
+Key = tuple[int, int] | tuple[int, int, Shape]
 
 
 class TrainingOrder(Sampler[list[Key]]):
@@ -31,6 +34,8 @@ class TrainingOrder(Sampler[list[Key]]):
         weights: of the rows, which are then drawn by chance, again and again, in proportion; None: each once.
         drop_last: make every batch `batch_size` large, unless there is not even one; the rows that
             are left over wait for the next epoch's shuffle, and without `shuffle` for ever.
+        cycle: of an epoch, the shapes that its batches have in turn, their sizes among them; None: all
+            are of `batch_size`.
 
     Attributes:
         epoch: which shuffle.
@@ -47,11 +52,13 @@ class TrainingOrder(Sampler[list[Key]]):
         shuffle: bool = True,
         drop_last: bool = False,
         weights: np.ndarray | None = None,
+        cycle: Callable[[int], Sequence[Shape]] | None = None,
     ) -> None:
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
         self.rank, self.world, self.shuffle = rank, world, shuffle
         self.drop_last = drop_last
         self.weights = None if weights is None else weights / weights.sum()
+        self.cycle = cycle
         self.epoch = 0
         self.start = 0
 
@@ -66,30 +73,47 @@ class TrainingOrder(Sampler[list[Key]]):
 
     def __len__(self) -> int:
         """Count a rank's batches in a whole epoch, wherever it starts."""
+        return len(self._edges()) - 1
+
+    def _edges(self) -> np.ndarray:
+        """Say where each batch of all ranks begins in the shuffled rows; and where the last one ends."""
         if not self.rows:
-            return 0
-        together = self.batch_size * self.world
+            return np.zeros(1, int)
+        turns = [shape.videos for shape in self.cycle(self.epoch)] if self.cycle else []
+        sizes = self.world * np.array(turns or [self.batch_size])
+        most = np.resize(sizes, -(-self.rows // sizes.min())).cumsum()  # if all were full
         if self.drop_last:
-            return max(1, self.rows // together)
-        # with batches of one row there may be too few left for every rank to have another
-        return max(1, min(-(-self.rows // together), self.rows // self.world))
+            count = int(np.searchsorted(most, self.rows, "right"))
+        else:
+            # with batches of one row there may be too few left for every rank to have another
+            count = min(int(np.searchsorted(most, self.rows)) + 1, self.rows // self.world)
+        full = np.concatenate([[0], most[: max(1, count)]])
+        used = min(self.rows, int(full[-1]))
+        # A row for each rank first; of the others, all batches lack the same share.
+        least = self.world * np.arange(len(full))
+        lacking = max(1, int(full[-1] - least[-1]))
+        edges: np.ndarray = least + (full - least) * (used - int(least[-1])) // lacking
+        return edges
 
     def __iter__(self) -> Iterator[list[Key]]:
         start, self.start = self.start, 0
-        count = len(self)
+        edges = self._edges()
         rng = np.random.default_rng([self.seed, self.epoch if self.shuffle else 0])
         if self.weights is None:
             order = rng.permutation(self.rows)
         else:
             order = rng.choice(self.rows, self.rows, p=self.weights)
         seeds = rng.integers(2**62, size=self.rows)
-        used = min(self.rows, count * self.batch_size * self.world)
-        edges = np.arange(count + 1) * used // count if count else np.zeros(1, int)
-        for batch in range(start, count):
+        turns = [(shape,) for shape in self.cycle(self.epoch)] if self.cycle else [()]
+        for batch in range(start, len(edges) - 1):
             rows = order[edges[batch] + self.rank : edges[batch + 1] : self.world]
             if not len(rows):  # fewer rows than ranks: nobody may wait for a rank without a batch
                 rows = order[:1]
-            yield list(zip(rows.tolist(), seeds[rows].tolist(), strict=True))
+            shape = turns[batch % len(turns)]
+            yield [
+                (row, seed, *shape)
+                for row, seed in zip(rows.tolist(), seeds[rows].tolist(), strict=True)
+            ]
 
 
 class EvaluationOrder(Sampler[list[Key]]):

@@ -12,6 +12,7 @@ from itertools import cycle, islice
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vidtrain.layers.drop_path import drop_path
 from vidtrain.layers.flat import dense_order
 from vidtrain.layers.head import linear
 from vidtrain.types import UserError
@@ -71,10 +72,18 @@ class Bottleneck(nn.Module):
         kernel: Frames that the first convolution spans.
         stride: In space.
         zero_init: Whether the last norm's scale starts at 0, and so the block as its shortcut.
+        drop: Share of samples that skip the block in training.
     """
 
     def __init__(
-        self, dim_in: int, dim_inner: int, dim_out: int, kernel: int, stride: int, zero_init: bool
+        self,
+        dim_in: int,
+        dim_inner: int,
+        dim_out: int,
+        kernel: int,
+        stride: int,
+        zero_init: bool,
+        drop: float = 0.0,
     ) -> None:
         super().__init__()
         self.conv_a = conv_of(dim_in, dim_inner, (kernel, 1, 1), (1, 1, 1))
@@ -85,6 +94,7 @@ class Bottleneck(nn.Module):
         self.norm_c = nn.BatchNorm3d(dim_out)
         if zero_init:
             nn.init.zeros_(self.norm_c.weight)
+        self.drop_path = drop_path(drop)
         self.has_shortcut = dim_in != dim_out or stride != 1
         if self.has_shortcut:
             self.shortcut_conv = conv_of(dim_in, dim_out, (1, 1, 1), (1, stride, stride))
@@ -94,7 +104,7 @@ class Bottleneck(nn.Module):
         """(B, C, T, H, W) -> (B, D, T, h, w)."""
         y = F.relu(self.norm_a(self.conv_a(x)), inplace=True)
         y = F.relu(self.norm_b(self.conv_b(y)), inplace=True)
-        y = self.norm_c(self.conv_c(y))
+        y = self.drop_path(self.norm_c(self.conv_c(y)))
         y += self.shortcut_norm(self.shortcut_conv(x)) if self.has_shortcut else x
         return F.relu(y, inplace=True)
 
@@ -111,6 +121,7 @@ class Stage(nn.Sequential):
         stride: Of the first block, in space.
         zero_init: As of the bottleneck.
         after: Block number -> a module that its output goes through.
+        drops: Each block's share of samples that skip it in training; None: no sample does.
 
     Raises:
         UserError: `after` names a block that is not there.
@@ -124,6 +135,7 @@ class Stage(nn.Sequential):
         stride: int,
         zero_init: bool,
         after: Mapping[int, nn.Module],
+        drops: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         if absent := sorted(set(after) - set(range(depth))):
@@ -133,7 +145,8 @@ class Stage(nn.Sequential):
             )
         dim_in, dim_inner, dim_out = dims
         for number, kernel in enumerate(islice(cycle(kernels), depth)):
-            block = Bottleneck(dim_in, dim_inner, dim_out, kernel, stride, zero_init)
+            drop = drops[number] if drops else 0.0
+            block = Bottleneck(dim_in, dim_inner, dim_out, kernel, stride, zero_init, drop)
             self.add_module(str(number), block)
             if number in after:
                 self.add_module(f"after{number}", after[number])

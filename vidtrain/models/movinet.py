@@ -50,8 +50,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import StochasticDepth
 
+from vidtrain.layers.drop_path import drop_path, path_rates
 from vidtrain.layers.flat import FlatConv3d, depthwise, depthwise_order
 from vidtrain.layers.head import linear
 from vidtrain.layers.same import same_padding
@@ -393,7 +393,7 @@ class Block(nn.Module):
         causal: Whether no later frame is seen.
         split: Whether time has a convolution of its own.
         positional: As of `CausalSqueezeExcitation`.
-        drop_path: Share of samples whose block is skipped in training.
+        drop: Share of samples that skip the block in training.
     """
 
     def __init__(
@@ -406,7 +406,7 @@ class Block(nn.Module):
         causal: bool,
         split: bool,
         positional: bool,
-        drop_path: float,
+        drop: float,
     ) -> None:
         super().__init__()
         self.activation = F.hardswish if causal else F.silu
@@ -423,7 +423,7 @@ class Block(nn.Module):
             self.se = SqueezeExcitation(dim, round_channels(dim / 4), F.silu)
         self.project = PointConv(dim, dim_out)
         self.alpha = nn.Parameter(torch.zeros(()))
-        self.drop_path = StochasticDepth(drop_path, "row")
+        self.drop_path = drop_path(drop)
         same = stride == 1 and dim_in == dim_out
         self.skip = nn.Identity() if same else Skip(dim_in, dim_out, stride)
 
@@ -454,7 +454,7 @@ class MoViNet(nn.Module):
         drop_path: Share of samples that skip the last block in training; earlier ones fewer.
 
     Raises:
-        UserError: `conv` is none of these.
+        UserError: `conv` is none of these, or `drop_path` is no share.
     """
 
     inputs = ("video",)
@@ -477,12 +477,12 @@ class MoViNet(nn.Module):
         self.stem = Stem(search.stem, self.activation)
         self.blocks = nn.ModuleList()
         table = search.blocks()
-        total, number, dim_in = sum(map(len, table)), 0, search.stem
+        dim_in = search.stem
+        drops = iter(path_rates(drop_path, sum(map(len, table)) + 1)[1:])
         for stage in table:
             blocks = nn.ModuleList()
             for dim_out, dim, k_t, k, stride in stage:
-                number += 1
-                drop = drop_path * number / total
+                drop = next(drops)
                 split, kernel = conv == "2plus1d", (k_t, k)
                 block = Block(
                     dim_in, dim_out, dim, kernel, stride, causal, split, positional_encoding, drop

@@ -33,6 +33,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from vidtrain.layers.bottleneck import conv_of
+from vidtrain.layers.drop_path import drop_path, path_rates
 from vidtrain.layers.flat import dense_order
 from vidtrain.layers.head import linear
 from vidtrain.layers.non_local import non_local_blocks
@@ -78,9 +79,10 @@ class BasicBlock(nn.Module):
         dim_in: Channels that come in.
         dim: Channels that go out.
         stride: 2 halves space, and time as well unless the kind is 2d.
+        drop: Share of samples that skip the block in training.
     """
 
-    def __init__(self, kind: str, dim_in: int, dim: int, stride: int) -> None:
+    def __init__(self, kind: str, dim_in: int, dim: int, stride: int, drop: float) -> None:
         super().__init__()
         strides = (1 if kind == "2d" else stride, stride, stride)
         mid = 27 * dim_in * dim // (9 * dim_in + 3 * dim)  # as many weights as 3 x 3 x 3 has
@@ -88,6 +90,7 @@ class BasicBlock(nn.Module):
             _conv(kind, (dim_in, mid, dim), strides), nn.BatchNorm3d(dim), nn.ReLU(inplace=True)
         )
         self.conv2 = nn.Sequential(_conv(kind, (dim, mid, dim), (1, 1, 1)), nn.BatchNorm3d(dim))
+        self.drop_path = drop_path(drop)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = None
         if dim_in != dim or stride != 1:
@@ -98,7 +101,7 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, D, t, h, w)."""
         shortcut = x if self.downsample is None else self.downsample(x)
-        return self.relu(self.conv2(self.conv1(x)).add_(shortcut))
+        return self.relu(self.drop_path(self.conv2(self.conv1(x))).add_(shortcut))
 
 
 class ResNet3D18(nn.Module):
@@ -111,15 +114,21 @@ class ResNet3D18(nn.Module):
         width: Channels of the stem and of stage 1; each later stage has twice those before.
         non_local: Pairwise function of a non-local block behind each of stages 2 and 3, where Wang et
             al. 2018 put theirs; None for no such blocks.
+        drop_path: Share of samples that skip the last block in training; earlier ones fewer.
 
     Raises:
-        UserError: there is no such pairwise function.
+        UserError: there is no such pairwise function, or `drop_path` is no share.
     """
 
     inputs = ("video",)
 
     def __init__(
-        self, num_classes: int, kinds: Sequence[str], width: int, non_local: str | None
+        self,
+        num_classes: int,
+        kinds: Sequence[str],
+        width: int,
+        non_local: str | None,
+        drop_path: float,
     ) -> None:
         super().__init__()
         self.num_features = 8 * width
@@ -129,10 +138,13 @@ class ResNet3D18(nn.Module):
         else:
             conv = [conv_of(3, width, (3, 7, 7), stride)]
         self.stem = nn.Sequential(*conv, nn.BatchNorm3d(width), nn.ReLU(inplace=True))
-        self.layer1 = _stage(kinds[0], width, width, 1, None)
-        self.layer2 = _stage(kinds[1], width, 2 * width, 2, non_local)
-        self.layer3 = _stage(kinds[2], 2 * width, 4 * width, 2, non_local)
-        self.layer4 = _stage(kinds[3], 4 * width, 8 * width, 2, None)
+        drops = path_rates(drop_path, 4 * DEPTH)
+        self.layer1 = _stage(kinds[0], width, width, 1, None, drops[:DEPTH])
+        self.layer2 = _stage(kinds[1], width, 2 * width, 2, non_local, drops[DEPTH : 2 * DEPTH])
+        self.layer3 = _stage(
+            kinds[2], 2 * width, 4 * width, 2, non_local, drops[2 * DEPTH : 3 * DEPTH]
+        )
+        self.layer4 = _stage(kinds[3], 4 * width, 8 * width, 2, None, drops[3 * DEPTH :])
         self.reset_classifier(num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -149,26 +161,40 @@ class ResNet3D18(nn.Module):
         self.fc = linear(self.num_features, num_classes)
 
 
-def _stage(kind: str, dim_in: int, dim: int, stride: int, non_local: str | None) -> nn.Sequential:
-    """Make a stage; a non-local block after the last one is called `after1`."""
-    stage = nn.Sequential(BasicBlock(kind, dim_in, dim, stride))
-    for _ in range(DEPTH - 1):
-        stage.append(BasicBlock(kind, dim, dim, 1))
+def _stage(
+    kind: str,
+    dim_in: int,
+    dim: int,
+    stride: int,
+    non_local: str | None,
+    drops: Sequence[float],
+) -> nn.Sequential:
+    """Make a stage of as many blocks as `drops`; a non-local one after the last is called `after1`."""
+    first, *rest = drops
+    stage = nn.Sequential(BasicBlock(kind, dim_in, dim, stride, first))
+    for drop in rest:
+        stage.append(BasicBlock(kind, dim, dim, 1, drop))
     for number, block in non_local_blocks(dim, non_local, (DEPTH - 1,), (1, 2, 2)).items():
         stage.add_module(f"after{number}", block)
     return stage
 
 
-def r3d_18(num_classes: int, width: int = 64, non_local: str | None = None) -> ResNet3D18:
+def r3d_18(
+    num_classes: int, width: int = 64, non_local: str | None = None, drop_path: float = 0.0
+) -> ResNet3D18:
     """Build R3D-18: 3D convolutions throughout."""
-    return ResNet3D18(num_classes, ("3d", "3d", "3d", "3d"), width, non_local)
+    return ResNet3D18(num_classes, ("3d", "3d", "3d", "3d"), width, non_local, drop_path)
 
 
-def mc3_18(num_classes: int, width: int = 64, non_local: str | None = None) -> ResNet3D18:
+def mc3_18(
+    num_classes: int, width: int = 64, non_local: str | None = None, drop_path: float = 0.0
+) -> ResNet3D18:
     """Build MC3-18: 3D convolutions in the stem and stage 1, 2D ones from there on."""
-    return ResNet3D18(num_classes, ("3d", "2d", "2d", "2d"), width, non_local)
+    return ResNet3D18(num_classes, ("3d", "2d", "2d", "2d"), width, non_local, drop_path)
 
 
-def r2plus1d_18(num_classes: int, width: int = 64, non_local: str | None = None) -> ResNet3D18:
+def r2plus1d_18(
+    num_classes: int, width: int = 64, non_local: str | None = None, drop_path: float = 0.0
+) -> ResNet3D18:
     """Build R(2+1)D-18: each 3D convolution as one over space and one over time."""
-    return ResNet3D18(num_classes, ("2plus1d",) * 4, width, non_local)
+    return ResNet3D18(num_classes, ("2plus1d",) * 4, width, non_local, drop_path)

@@ -36,6 +36,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from vidtrain.layers.bottleneck import Head, Stage, Stem, stage_depths
+from vidtrain.layers.drop_path import path_rates
 from vidtrain.layers.non_local import non_local_blocks
 from vidtrain.types import UserError
 
@@ -66,9 +67,10 @@ class ResNet3d(nn.Module):
         dropout: Before the classifier.
         zero_init: Whether each residual block starts as its shortcut. Then no gradient reaches its
             convolutions before the first step.
+        drop_path: Share of samples that skip the last block in training; earlier ones fewer.
 
     Raises:
-        UserError: there is no such depth, pairwise function or block.
+        UserError: there is no such depth, pairwise function or block, or `drop_path` is no share.
     """
 
     inputs = ("video",)
@@ -85,17 +87,22 @@ class ResNet3d(nn.Module):
         width: int = 64,
         dropout: float = 0.5,
         zero_init: bool = True,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         stem, *patterns = kernels
         self.stem = Stem(width, stem)
         self.pool = nn.MaxPool3d((2, 1, 1)) if pool else nn.Identity()
-        dim = width
-        for stage, blocks in enumerate(stage_depths(depth)):
+        dim, depths = width, stage_depths(depth)
+        drops = path_rates(drop_path, sum(depths))
+        for stage, blocks in enumerate(depths):
             inner, out = width << stage, 4 * width << stage
             after = non_local_blocks(out, non_local, non_local_at[stage], non_local_pool)
             stride = 2 if stage else 1
-            module = Stage((dim, inner, out), blocks, patterns[stage], stride, zero_init, after)
+            here = drops[sum(depths[:stage]) :][:blocks]
+            module = Stage(
+                (dim, inner, out), blocks, patterns[stage], stride, zero_init, after, here
+            )
             self.add_module(f"res{stage + 2}", module)
             dim = out
         self.num_features = dim
@@ -123,10 +130,19 @@ def c2d_r50_8x8(
     width: int = 64,
     dropout: float = 0.5,
     zero_init: bool = True,
+    drop_path: float = 0.0,
 ) -> ResNet3d:
     """Build C2D: a ResNet-50 on each frame, and one max pool over time."""
     return ResNet3d(
-        num_classes, 50, C2D, True, non_local, width=width, dropout=dropout, zero_init=zero_init
+        num_classes,
+        50,
+        C2D,
+        True,
+        non_local,
+        width=width,
+        dropout=dropout,
+        zero_init=zero_init,
+        drop_path=drop_path,
     )
 
 
@@ -136,10 +152,19 @@ def i3d_r50_8x8(
     width: int = 64,
     dropout: float = 0.5,
     zero_init: bool = True,
+    drop_path: float = 0.0,
 ) -> ResNet3d:
     """Build I3D on a ResNet-50."""
     return ResNet3d(
-        num_classes, 50, I3D, True, non_local, width=width, dropout=dropout, zero_init=zero_init
+        num_classes,
+        50,
+        I3D,
+        True,
+        non_local,
+        width=width,
+        dropout=dropout,
+        zero_init=zero_init,
+        drop_path=drop_path,
     )
 
 
@@ -149,10 +174,19 @@ def i3d_r50_nl_8x8(
     width: int = 64,
     dropout: float = 0.5,
     zero_init: bool = True,
+    drop_path: float = 0.0,
 ) -> ResNet3d:
     """Build I3D on a ResNet-50 with five non-local blocks."""
     return ResNet3d(
-        num_classes, 50, I3D, True, non_local, width=width, dropout=dropout, zero_init=zero_init
+        num_classes,
+        50,
+        I3D,
+        True,
+        non_local,
+        width=width,
+        dropout=dropout,
+        zero_init=zero_init,
+        drop_path=drop_path,
     )
 
 
@@ -162,10 +196,19 @@ def slow_r50_4x16(
     width: int = 64,
     dropout: float = 0.5,
     zero_init: bool = True,
+    drop_path: float = 0.0,
 ) -> ResNet3d:
     """Build the slow pathway alone, for 4 frames, 16 apart."""
     return ResNet3d(
-        num_classes, 50, SLOW, False, non_local, width=width, dropout=dropout, zero_init=zero_init
+        num_classes,
+        50,
+        SLOW,
+        False,
+        non_local,
+        width=width,
+        dropout=dropout,
+        zero_init=zero_init,
+        drop_path=drop_path,
     )
 
 
@@ -175,6 +218,7 @@ def slow_r50_8x8(
     width: int = 64,
     dropout: float = 0.5,
     zero_init: bool = True,
+    drop_path: float = 0.0,
 ) -> ResNet3d:
     """Build the slow pathway alone, for 8 frames, 8 apart."""
-    return slow_r50_4x16(num_classes, non_local, width, dropout, zero_init)
+    return slow_r50_4x16(num_classes, non_local, width, dropout, zero_init, drop_path)

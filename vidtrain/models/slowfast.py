@@ -47,6 +47,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidtrain.layers.bottleneck import Head, Stage, Stem, conv_of, stage_depths
+from vidtrain.layers.drop_path import path_rates
 from vidtrain.layers.non_local import non_local_blocks
 from vidtrain.types import UserError
 
@@ -68,6 +69,7 @@ class Pathway(nn.Module):
         kernels: For each stage the frames that its blocks span.
         zero_init: As of the bottleneck.
         after: For each stage what comes after its blocks, by their numbers.
+        drop_path: Share of samples that skip the last block in training; earlier ones fewer.
     """
 
     def __init__(
@@ -79,15 +81,19 @@ class Pathway(nn.Module):
         kernels: Sequence[Sequence[int]],
         zero_init: bool,
         after: Sequence[dict[int, nn.Module]],
+        drop_path: float,
     ) -> None:
         super().__init__()
         self.stem = Stem(width, stem_kernel)
-        dim = width
+        dim, drops = width, path_rates(drop_path, sum(depths))
         for stage, name in enumerate(STAGES):
             inner, out = width << stage, 4 * width << stage
             dims = (dim + (dim // joined if joined else 0), inner, out)
             stride = 2 if stage else 1
-            module = Stage(dims, depths[stage], kernels[stage], stride, zero_init, after[stage])
+            here = drops[sum(depths[:stage]) :][: depths[stage]]
+            module = Stage(
+                dims, depths[stage], kernels[stage], stride, zero_init, after[stage], here
+            )
             self.add_module(name, module)
             dim = out
         self.num_features = dim
@@ -130,9 +136,11 @@ class SlowFast(nn.Module):
         dropout: Before the classifier.
         zero_init: Whether each residual block starts as its shortcut. Then no gradient reaches its
             convolutions before the first step.
+        drop_path: Share of samples that skip each pathway's last block in training; earlier ones fewer.
 
     Raises:
-        UserError: there is no such depth, pairwise function or block, or the channels do not divide.
+        UserError: there is no such depth, pairwise function or block, the channels do not divide, or
+            `drop_path` is no share.
     """
 
     inputs = ("video",)
@@ -152,6 +160,7 @@ class SlowFast(nn.Module):
         beta_inverse: int = 8,
         dropout: float = 0.5,
         zero_init: bool = True,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         if width % beta_inverse or beta_inverse % LATERAL:
@@ -174,11 +183,11 @@ class SlowFast(nn.Module):
             non_local_blocks(4 * width << stage, non_local, blocks, non_local_pool)
             for stage, blocks in enumerate(non_local_at)
         ]
-        self.slow = Pathway(
-            width, beta_inverse // LATERAL, depths, 1, ([1], [1], res4, [3]), zero_init, after
-        )
+        joined, spans = beta_inverse // LATERAL, ([1], [1], res4, [3])
+        self.slow = Pathway(width, joined, depths, 1, spans, zero_init, after, drop_path)
         fast = width // beta_inverse
-        self.fast = Pathway(fast, 0, depths, 5, ([3], [3], res4, [3]), zero_init, [{}] * 4)
+        spans = ([3], [3], res4, [3])
+        self.fast = Pathway(fast, 0, depths, 5, spans, zero_init, [{}] * 4, drop_path)
         dims = [fast, *(4 * fast << stage for stage in range(3))]
         self.lateral = nn.ModuleList(Lateral(dim, lateral_kernel, alpha) for dim in dims)
         self.num_features = self.slow.num_features + self.fast.num_features
@@ -239,6 +248,7 @@ def slowfast_r50_4x16(
     width: int = 64,
     dropout: float = 0.5,
     zero_init: bool = True,
+    drop_path: float = 0.0,
 ) -> SlowFast:
     """Build SlowFast R50 for 4 slow and 32 fast frames."""
     return SlowFast(
@@ -251,6 +261,7 @@ def slowfast_r50_4x16(
         width=width,
         dropout=dropout,
         zero_init=zero_init,
+        drop_path=drop_path,
     )
 
 
@@ -262,6 +273,7 @@ def slowfast_r50_8x8(
     width: int = 64,
     dropout: float = 0.5,
     zero_init: bool = True,
+    drop_path: float = 0.0,
 ) -> SlowFast:
     """Build SlowFast R50 for 8 slow and 32 fast frames."""
     return SlowFast(
@@ -274,6 +286,7 @@ def slowfast_r50_8x8(
         width=width,
         dropout=dropout,
         zero_init=zero_init,
+        drop_path=drop_path,
     )
 
 
@@ -287,6 +300,7 @@ def slowfast_r101_8x8(
     width: int = 64,
     dropout: float = 0.5,
     zero_init: bool = True,
+    drop_path: float = 0.0,
 ) -> SlowFast:
     """Build SlowFast R101 for 8 slow and 32 fast frames."""
     return SlowFast(
@@ -302,6 +316,7 @@ def slowfast_r101_8x8(
         width=width,
         dropout=dropout,
         zero_init=zero_init,
+        drop_path=drop_path,
     )
 
 
@@ -315,6 +330,7 @@ def slowfast_r101_16x8(
     width: int = 64,
     dropout: float = 0.5,
     zero_init: bool = True,
+    drop_path: float = 0.0,
 ) -> SlowFast:
     """Build SlowFast R101 for 16 slow and 64 fast frames."""
     return slowfast_r101_8x8(
@@ -327,6 +343,7 @@ def slowfast_r101_16x8(
         width,
         dropout,
         zero_init,
+        drop_path,
     )
 
 
@@ -340,6 +357,7 @@ def slowfast_r101_16x8_nl(
     width: int = 64,
     dropout: float = 0.5,
     zero_init: bool = True,
+    drop_path: float = 0.0,
 ) -> SlowFast:
     """Build SlowFast R101 for 16 slow and 64 fast frames, with three non-local blocks in res4."""
     return slowfast_r101_8x8(
@@ -352,4 +370,5 @@ def slowfast_r101_16x8_nl(
         width,
         dropout,
         zero_init,
+        drop_path,
     )

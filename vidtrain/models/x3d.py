@@ -37,6 +37,7 @@ from dataclasses import dataclass, replace
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vidtrain.layers.drop_path import drop_path, path_rates
 from vidtrain.layers.flat import DepthwiseConv3d, FlatConv3d, depthwise_order
 from vidtrain.layers.head import linear
 from vidtrain.layers.squeeze import SqueezeExcitation, round_channels
@@ -173,6 +174,7 @@ class Block(nn.Module):
         stride: In space.
         excite: Whether it has squeeze and excitation, by a 16th of the inner channels.
         norm_shortcut: Whether a shortcut's convolution is normalised even where it keeps the width.
+        drop: Share of samples that skip the block in training.
     """
 
     def __init__(
@@ -183,6 +185,7 @@ class Block(nn.Module):
         stride: int,
         excite: bool,
         norm_shortcut: bool,
+        drop: float,
     ) -> None:
         super().__init__()
         self.conv_a = _conv(dim_in, dim_inner)
@@ -196,6 +199,7 @@ class Block(nn.Module):
             self.se = SqueezeExcitation(dim_inner, round_channels(dim_inner / 16), F.relu)
         self.conv_c = _conv(dim_inner, dim_out)
         self.norm_c = nn.BatchNorm3d(dim_out)
+        self.drop_path = drop_path(drop)
         self.shortcut_conv, self.shortcut_norm = nn.Identity(), nn.Identity()
         if dim_in != dim_out or stride != 1:
             self.shortcut_conv = _conv(dim_in, dim_out, stride)
@@ -206,7 +210,7 @@ class Block(nn.Module):
         """(B, C, T, H, W) -> (B, D, T, h, w)."""
         y = F.relu(self.norm_a(self.conv_a(x)), inplace=True)
         y = F.silu(self.se(self.norm_b(self.conv_b(y))))
-        y = self.norm_c(self.conv_c(y))
+        y = self.drop_path(self.norm_c(self.conv_c(y)))
         y += self.shortcut_norm(self.shortcut_conv(x))
         return F.relu(y, inplace=True)
 
@@ -219,14 +223,24 @@ class X3D(nn.Module):
         expansion: Of it the network has depth and widths; the clip may be any.
         dropout: Before fc2.
         norm_res2: Whether the shortcut of res2 is normalised.
+        drop_path: Share of samples that skip the last block in training; earlier ones fewer.
+
+    Raises:
+        UserError: `drop_path` is no share.
     """
 
     inputs = ("video",)
 
     def __init__(
-        self, num_classes: int, expansion: Expansion, dropout: float, norm_res2: bool
+        self,
+        num_classes: int,
+        expansion: Expansion,
+        dropout: float,
+        norm_res2: bool,
+        drop_path: float,
     ) -> None:
         super().__init__()
+        drops = iter(path_rates(drop_path, sum(expansion.depths)))
         dim = expansion.widths[0]
         self.stem = Stem(dim)
         stages = zip(expansion.depths, expansion.widths, expansion.inner_widths, strict=True)
@@ -234,7 +248,8 @@ class X3D(nn.Module):
             blocks = []
             for i in range(depth):
                 stride = 1 if i else 2
-                blocks.append(Block(dim, dim_inner, dim_out, stride, i % 2 == 0, norm_res2))
+                drop = next(drops)
+                blocks.append(Block(dim, dim_inner, dim_out, stride, i % 2 == 0, norm_res2, drop))
                 dim = dim_out
             self.add_module(f"res{number + 2}", nn.Sequential(*blocks))
         self.num_features = dim_inner
@@ -279,10 +294,11 @@ def x3d_xs(
     gamma_b: float = 2.25,
     dropout: float = 0.5,
     norm_res2: bool = False,
+    drop_path: float = 0.0,
 ) -> X3D:
     """Build X3D-XS: 4 frames, 12 apart, of 160 pixels; 182 at test time."""
     expansion = replace(XS, gamma_d=gamma_d, gamma_w=gamma_w, gamma_b=gamma_b)
-    return X3D(num_classes, expansion, dropout, norm_res2)
+    return X3D(num_classes, expansion, dropout, norm_res2, drop_path)
 
 
 def x3d_s(
@@ -292,10 +308,11 @@ def x3d_s(
     gamma_b: float = 2.25,
     dropout: float = 0.5,
     norm_res2: bool = False,
+    drop_path: float = 0.0,
 ) -> X3D:
     """Build X3D-S: 13 frames, 6 apart, of 160 pixels; 182 at test time."""
     expansion = replace(S, gamma_d=gamma_d, gamma_w=gamma_w, gamma_b=gamma_b)
-    return X3D(num_classes, expansion, dropout, norm_res2)
+    return X3D(num_classes, expansion, dropout, norm_res2, drop_path)
 
 
 def x3d_m(
@@ -305,10 +322,11 @@ def x3d_m(
     gamma_b: float = 2.25,
     dropout: float = 0.5,
     norm_res2: bool = False,
+    drop_path: float = 0.0,
 ) -> X3D:
     """Build X3D-M: 16 frames, 5 apart, of 224 pixels; 256 at test time."""
     expansion = replace(M, gamma_d=gamma_d, gamma_w=gamma_w, gamma_b=gamma_b)
-    return X3D(num_classes, expansion, dropout, norm_res2)
+    return X3D(num_classes, expansion, dropout, norm_res2, drop_path)
 
 
 def x3d_l(
@@ -318,10 +336,11 @@ def x3d_l(
     gamma_b: float = 2.25,
     dropout: float = 0.5,
     norm_res2: bool = False,
+    drop_path: float = 0.0,
 ) -> X3D:
     """Build X3D-L: 16 frames, 5 apart, of 312 pixels; 356 at test time."""
     expansion = replace(L, gamma_d=gamma_d, gamma_w=gamma_w, gamma_b=gamma_b)
-    return X3D(num_classes, expansion, dropout, norm_res2)
+    return X3D(num_classes, expansion, dropout, norm_res2, drop_path)
 
 
 def x3d_xl(
@@ -331,7 +350,8 @@ def x3d_xl(
     gamma_b: float = 2.25,
     dropout: float = 0.5,
     norm_res2: bool = False,
+    drop_path: float = 0.0,
 ) -> X3D:
     """Build X3D-XL: 16 frames, 5 apart, of 312 pixels; 356 at test time. Wider than L by 1.45."""
     expansion = replace(XL, gamma_d=gamma_d, gamma_w=gamma_w, gamma_b=gamma_b)
-    return X3D(num_classes, expansion, dropout, norm_res2)
+    return X3D(num_classes, expansion, dropout, norm_res2, drop_path)

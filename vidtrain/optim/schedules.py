@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -19,8 +19,22 @@ from vidtrain.optim.groups import decay_groups
 from vidtrain.types import UserError
 
 
+class Pace(Protocol):
+    """Tells, of a step, what share of training is done, and what the rate is multiplied by.
+
+    Attributes:
+        total: steps of the run.
+    """
+
+    total: int
+
+    def __call__(self, step: int) -> tuple[float, float]:
+        """Give both."""
+        ...
+
+
 def rate(
-    step: int,
+    step: float,
     total: int,
     schedule: str,
     warmup: float,
@@ -47,6 +61,13 @@ def rate(
     raise UserError(f"optim.schedule is '{schedule}'; it is cosine, step, one_cycle or constant")
 
 
+def paced(step: int, pace: Pace, *schedule: Any) -> float:
+    """Give the learning rate of a step, as a multiple of the base rate, at a pace; see `rate`."""
+    done, factor = pace(step)
+    # A hair more, so that what falls on a milestone is not before it.
+    return factor * rate(done * pace.total + 1e-6, pace.total, *schedule)
+
+
 def with_schedule(
     optimizer: torch.optim.Optimizer,
     total: int,
@@ -55,13 +76,22 @@ def with_schedule(
     milestones: Sequence[float] = (),
     gamma: float = 0.1,
     warmup_from: float = 0.0,
+    pace: Pace | None = None,
 ) -> dict[str, Any]:
-    """Pair an optimizer with its schedule, stepped after every optimizer step."""
+    """Pair an optimizer with its schedule, stepped after every optimizer step.
+
+    `pace` says how far training is at a step, where that is not `step / total`.
+    """
     if not 0 <= warmup < 1:
         raise UserError(f"optim.warmup is {warmup}; it is a share of all steps, from 0 to below 1")
     if not 0 <= warmup_from <= 1:
         raise UserError(f"optim.warmup_from is {warmup_from}; it is a share of lr, from 0 to 1")
     if schedule == "one_cycle":
+        if pace is not None:
+            raise UserError(
+                "optim.schedule=one_cycle does not go with multigrid's long cycle, which changes the"
+                " rate as well; set cosine, step or constant, or multigrid=short"
+            )
         return {
             "optimizer": optimizer,
             "lr_scheduler": one_cycle(optimizer, total, warmup, warmup_from),
@@ -70,6 +100,10 @@ def with_schedule(
     factor: Callable[[int], float] = lambda step: rate(  # noqa: E731
         step, total, schedule, warmup, milestones, gamma, warmup_from
     )
+    if pace is not None:
+        factor = lambda step: paced(  # noqa: E731
+            step, pace, schedule, warmup, milestones, gamma, warmup_from
+        )
     return {
         "optimizer": optimizer,
         "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"},

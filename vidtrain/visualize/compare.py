@@ -21,6 +21,7 @@ from vidtrain.visualize.page import (
     _score_name,
     _section,
     _stem,
+    code_in_words,
     document,
     interval,
 )
@@ -48,6 +49,8 @@ class Run(NamedTuple):
     settings: Mapping[str, Any]  # its config, one dotted key a value
     metric: str  # what its best epoch was chosen by: val/top1
     minutes: float | None
+    code: Mapping[str, Any]  # that it was trained with
+    fingerprint: str  # of the rows that it was trained on
 
     @property
     def best(self) -> float | None:
@@ -363,10 +366,17 @@ def _settings(runs: Sequence[Run], differing: Sequence[str]) -> str:
 
 
 def _sources(runs: Sequence[Run]) -> str:
-    rows = "".join(
-        f"<tr><th scope='row'>{key(i)}{escape(run.name)}</th><td><p class='path'>"
-        f"{escape(run.folder)}</p><p class='path said'>{escape(str(run.report.get('command') or ''))}"
-        "</p></td></tr>"
-        for i, run in enumerate(runs)
-    )
-    return _section("Made from", "", f"<table class='facts'>{rows}</table>")
+    """Where each run lies and what it was made by: command, code, rows of the data."""
+    rows = ""
+    for i, run in enumerate(runs):
+        lines = [str(run.report.get("command") or "")]
+        lines.append(code_in_words(run.code) if run.code else "")
+        lines.append(f"data with fingerprint {run.fingerprint}" if run.fingerprint else "")
+        said = "".join(f"<p class='path said'>{escape(line)}</p>" for line in lines if line)
+        rows += (
+            f"<tr><th scope='row'>{key(i)}{escape(run.name)}</th><td><p class='path'>"
+            f"{escape(run.folder)}</p>{said}</td></tr>"
+        )
+    codes = {code_in_words(run.code) for run in runs if run.code}
+    lead = "They were not trained with the same code." if len(codes) > 1 else ""
+    return _section("Made from", lead, f"<table class='facts'>{rows}</table>")

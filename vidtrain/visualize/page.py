@@ -548,15 +548,34 @@ def _located(path: str, root: str | None) -> str:
     return path
 
 
+def code_in_words(code: Mapping[str, Any]) -> str:
+    """Say which versions a run was made by: `vidtrain 0.1.0; commit 6ca37be70d02, changed since; ...`."""
+
+    def commit(of: str, prefix: str = "") -> str:
+        changed = ", changed since" if code.get(f"{prefix}dirty") else ""
+        return f"{of} {str(code[f'{prefix}commit'])[:12]}{changed}"
+
+    words = [f"vidtrain {code.get('vidtrain')}"]
+    if code.get("vidtrain_commit") and code["vidtrain_commit"] != code.get("commit"):
+        words.append(commit("its commit", "vidtrain_"))
+    if code.get("commit"):
+        words.append(commit("commit"))
+    libraries = {"python": "Python", "torch": "PyTorch", "lightning": "Lightning", "cuda": "CUDA"}
+    words += [f"{name} {code[key]}" for key, name in libraries.items() if code.get(key)]
+    return "; ".join(words)
+
+
 def _config(report: Mapping[str, Any], config: str) -> str:
+    made = {
+        "Checkpoint": report.get("ckpt"),
+        "Trained with": code_in_words(report.get("code") or {}) if report.get("code") else None,
+        "Data": report.get("data_root"),
+        "Fingerprint of the data": report.get("fingerprint"),
+    }
     facts = "".join(
-        f"<tr><th scope='row'>{name}</th><td class='path'>{escape(str(report[key]))}</td></tr>"
-        for name, key in (
-            ("Checkpoint", "ckpt"),
-            ("Data", "data_root"),
-            ("Fingerprint of the data", "fingerprint"),
-        )
-        if report.get(key)
+        f"<tr><th scope='row'>{name}</th><td class='path'>{escape(str(value))}</td></tr>"
+        for name, value in made.items()
+        if value
     )
     whole = (
         f"<details><summary>The whole config</summary><pre><code>{escape(config)}</code></pre></details>"
