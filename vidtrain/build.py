@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from vidtrain.data.module import VideoDataModule
+    from vidtrain.data.multigrid import Multigrid
     from vidtrain.tasks.base import VideoTask
     from vidtrain.weights.load import Part
 
@@ -267,34 +268,64 @@ def scale_rate(cfg: DictConfig, task: VideoTask, data: VideoDataModule, trainer:
     return line
 
 
-def multigrid(cfg: DictConfig, task: VideoTask, data: VideoDataModule, trainer: Trainer) -> str:
-    """Have the shape of training batches go by a multigrid schedule; say in a line what comes out.
+def multigrid_plan(cfg: DictConfig, network: nn.Module, data: VideoDataModule) -> Multigrid | None:
+    """Plan the shapes of training batches by `cfg.multigrid`; None where they are all alike.
 
     Raises:
         UserError: settings that do not go together, or a network that does not take clips of all shapes.
     """
-    from functools import partial
+    from vidtrain.data.multigrid import Multigrid, refuse_shapes
 
-    from vidtrain.callbacks.multigrid import SplitNorms
-    from vidtrain.data.multigrid import Multigrid, Pace, refuse_shapes
-
+    if cfg.get("multigrid") is None:
+        return None
     if data.has_features:
         raise UserError("multigrid changes the clips of videos, and these data are features")
-    settings, many = _plain(cfg.multigrid), trainer.max_steps != -1
+    settings = _plain(cfg.multigrid)
+    known = [key for key in inspect.signature(Multigrid).parameters if key in settings]
+    if unknown := sorted(set(settings) - set(known)):
+        raise UserError(
+            f"multigrid.{unknown[0]}: there is no such key; there are {', '.join(known)}"
+        )
+    if not isinstance(cfg.trainer.val_check_interval, float):
+        raise UserError(
+            f"trainer.val_check_interval={cfg.trainer.val_check_interval} counts batches, of which multigrid's"
+            " epochs have more and less; set a share of an epoch, such as 0.5"
+        )
+    counted = cfg.trainer.max_steps == -1 and cfg.trainer.max_epochs != -1
     plan = Multigrid(
         data.clip,
         data.batch_size,
-        None if many else trainer.max_epochs,
-        accumulate=trainer.accumulate_grad_batches,
+        cfg.trainer.max_epochs if counted else None,
+        accumulate=cfg.trainer.accumulate_grad_batches,
         **settings,
     )
-    refuse_shapes(task.model, plan)
-    repeats = data.augment.repeats
-    most = max(plan.splits(section.first, repeats) for section in plan.sections)
-    if most > 1 and cfg.trainer.get("sync_batchnorm"):
+    refuse_shapes(network, plan)
+    if settings["long"] is not None and cfg.optim.get("schedule") == "one_cycle":
+        raise UserError(
+            "optim.schedule=one_cycle does not go with multigrid's long cycle, which changes the rate as well;"
+            " set cosine, step or constant, or multigrid=short"
+        )
+    if _most_splits(plan, data) > 1 and cfg.trainer.get("sync_batchnorm"):
         raise UserError(
             "trainer.sync_batchnorm=true takes statistics over all ranks: set multigrid.norm_clips=null"
         )
+    return plan
+
+
+def _most_splits(plan: Multigrid, data: VideoDataModule) -> int:
+    """Say in how many parts batch norm takes the largest batches."""
+    return max(plan.splits(section.first, data.augment.repeats) for section in plan.sections)
+
+
+def multigrid(
+    cfg: DictConfig, plan: Multigrid, task: VideoTask, data: VideoDataModule, trainer: Trainer
+) -> str:
+    """Have the shape of training batches go by a plan; say in a line what comes out."""
+    from functools import partial
+
+    from vidtrain.callbacks.multigrid import SplitNorms
+    from vidtrain.data.multigrid import Pace
+
     data.multigrid = plan
     order = data.training_order(0, trainer.world_size)
     limit = trainer.limit_train_batches
@@ -305,13 +336,16 @@ def multigrid(cfg: DictConfig, task: VideoTask, data: VideoDataModule, trainer: 
         return min(limit, len(order)) if isinstance(limit, int) else int(len(order) * limit)
 
     trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
-    if most > 1:
+    if _most_splits(plan, data) > 1:
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        callbacks.insert(0, SplitNorms(plan, repeats))
+        callbacks.insert(0, SplitNorms(plan, data.augment.repeats))
     each = "videos x frames x size² a step and device"
-    if settings["long"] is None:
-        return f"multigrid, {each}, in turn: {', '.join(map(str, plan.shapes()))}"
     pace = Pace(plan, batches, cfg.optim.get("scaling", "linear"))
+    if cfg.multigrid.long is None:
+        if plan.epochs is not None:  # Lightning counts the first epoch's steps for all
+            made, total = task.optimizer, pace.total
+            task.optimizer = lambda network, steps: made(network, total)
+        return f"multigrid, {each}, in turn: {', '.join(map(str, plan.shapes()))}"
     task.optimizer = partial(task.optimizer, pace=pace)
     steps = ", ".join(f"{shape}: {count:,}" for shape, count in plan.steps(batches))
     return f"multigrid, {pace.total:,} steps in {trainer.max_epochs} epochs; {each}: {steps}"
@@ -392,7 +426,7 @@ def trainer(
 
 
 def checkpointing(cfg: DictConfig, network: nn.Module) -> int:
-    """Turn on what `cfg.checkpointing` asks for; asked for again, nothing changes.
+    """Turn on what `cfg.checkpointing` asks for.
 
     Returns:
         How many parts are computed again in the backward pass.
@@ -408,8 +442,10 @@ def checkpointing(cfg: DictConfig, network: nn.Module) -> int:
     return recompute(network, list(parts) if isinstance(parts, ListConfig) else parts)
 
 
-def speed_up(cfg: DictConfig, network: nn.Module, trainer: Trainer) -> str:
-    """Turn on what makes steps faster, or smaller; say in a line what is on.
+def speed_up(cfg: DictConfig, network: nn.Module, trainer: Trainer, parts: int = 0) -> str:
+    """Turn on what makes steps faster; say in a line what is on.
+
+    `parts` of the network are computed again in the backward pass.
 
     Raises:
         UserError: settings that do not go together.
@@ -425,8 +461,8 @@ def speed_up(cfg: DictConfig, network: nn.Module, trainer: Trainer) -> str:
         torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = bool(cfg.tf32)
         more += ["tf32"] if cfg.tf32 and str(trainer.precision).startswith("32") else []
-    if count := checkpointing(cfg, network):
-        more.append(f"{count} parts computed again in the backward pass")
+    if parts:
+        more.append(f"{parts} parts computed again in the backward pass")
     if cfg.compile:
         if isinstance(trainer.strategy, Sharded):
             raise UserError("compile=true does not go with trainer=fsdp; leave one of them out")

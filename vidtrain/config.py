@@ -339,7 +339,7 @@ def _call(verb: str, cfg: DictConfig) -> Any:
 def of_the_device(error: RuntimeError) -> UserError | None:
     """Say what to do about what a device cannot do; None for any other error."""
     text = " ".join(str(error).split())
-    if type(error).__name__ == "OutOfMemoryError":
+    if type(error).__name__ == "OutOfMemoryError" or "ALLOC_FAILED" in text:  # torch, cuDNN, cuBLAS
         return UserError(
             f"the device's memory is full ({text.partition('. ')[0]}); set a smaller data.batch_size (auto"
             " finds the largest), checkpointing=true or trainer.precision=bf16-mixed, and in tests"

@@ -61,7 +61,7 @@ def _commit(folder: Path) -> tuple[str | None, bool | None]:
 
 
 def _git(folder: Path, *words: str) -> str | None:
-    """Run git where nothing is written and nothing of the repository's is run; None if it fails."""
+    """Run git so that it writes nothing; None if it fails."""
     command = ["git", "-C", str(folder), "-c", "core.fsmonitor=false", *words]
     try:
         done = subprocess.run(

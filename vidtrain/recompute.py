@@ -33,7 +33,7 @@ def recompute(network: nn.Module, parts: bool | str | Sequence[str]) -> int:
     other methods of it, as the step of a stream, keep what they have always kept.
 
     Args:
-        network: Any; it is changed in place, and by a second call no more.
+        network: Any; it is changed in place.
         parts: True for the blocks of its numbered rows, else names of modules, or patterns as in a shell.
 
     Returns:
@@ -44,9 +44,7 @@ def recompute(network: nn.Module, parts: bool | str | Sequence[str]) -> int:
     """
     chosen = _blocks(network) if parts is True else _named(network, parts)
     for part in chosen:
-        made = vars(part).get("forward")
-        if not isinstance(made, partial) or made.func is not _checkpointed:  # not asked for twice
-            part.forward = partial(_checkpointed, part, part.forward)
+        part.forward = partial(_checkpointed, part, part.forward)
     return len(chosen)
 
 

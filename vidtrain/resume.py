@@ -19,7 +19,7 @@ from vidtrain.types import UserError
 # Keys in which a run that is gone on with may differ from the one that stopped.
 FREE_KEYS = ("resume", "test", "split", "logger", "callbacks", "paths", "debug", "profile")
 # And those without which its state would not fit.
-PART_KEYS = ("model", "clip", "task", "freeze")
+PART_KEYS = ("model", "clip", "task", "freeze", "multigrid")
 OPTIM_KEYS = ("_target_", "groups", "layer_decay")
 STATES = ("last.ckpt", "previous.ckpt")
 
@@ -192,6 +192,13 @@ def check_same(
         raise UserError(
             f"resume={run}: that run had another {' and '.join(f'optim.{key}' for key in wrong)}, into which"
             " its optimizer's state does not fit; give the same, or ckpt= to start anew from its weights"
+        )
+    sizes = saved["config"]["data"].get("batch_size"), cfg.data.batch_size
+    progress = state["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    if sizes[0] != sizes[1] and sizes[1] != "auto" and not progress["is_last_batch"]:
+        say(
+            f"note: {run} stopped in an epoch of batches of {sizes[0]} videos: with {sizes[1]}, some of that"
+            " epoch's videos are seen twice, or not at all"
         )
     if saved["fingerprint"] != description["fingerprint"]:
         say(f"note: the data are not those that {run} began with, so it ends otherwise")

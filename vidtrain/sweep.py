@@ -279,18 +279,17 @@ def print_table(folder: Path, jobs: Sequence[dict[str, Any]]) -> None:
 
     console = Console()
     heads, rows = table(jobs)
+    heads = heads[:-1]  # the folders, which begin with the job's number, stand in the files
     lines = Lines()
     for head in heads:
         lines.add_column(head, overflow="fold")
     for row in rows:
         cells = []
-        for head, value in zip(heads, row, strict=True):
+        for head, value in zip(heads, row[:-1], strict=True):
             if value is None:
                 text = ""
             elif head.startswith(("val/", "test/")) and "loss" not in head:
                 text = f"{100 * value:.2f} %"
-            elif head == "folder":
-                text = os.path.relpath(value, folder)
             else:
                 text = f"{value:.4g}" if isinstance(value, float) else str(value)
             cells.append(Text(text, style="red" if text == "failed" else ""))

@@ -85,6 +85,9 @@ def test_mistakes(vidtrain, tiny_dataset):
     line = [*TINY_RUN, f"data.root={tiny_dataset}"]
     both = vidtrain("train", *line, "profile=true", "resume=auto")
     assert both.code == 2 and "leave resume out" in both.err
+    words = ["+callbacks.stop._target_=lightning.pytorch.callbacks.EarlyStopping"]
+    waits = vidtrain("train", *line, "profile=true", *words, "+callbacks.stop.monitor=val/loss")
+    assert waits.code == 0, waits.err
     other = vidtrain("train", *line, "profile=trace")
     assert other.code == 2 and "profile is 'trace'; it is true or false" in other.err
 

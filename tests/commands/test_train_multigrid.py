@@ -86,6 +86,28 @@ def test_the_short_cycle_alone_leaves_the_rate(vidtrain, tiny_dataset, seen):
     assert [rate for *_, rate in seen] == pytest.approx([0.01] * 4 + [0.001])
 
 
+def test_the_schedule_ends_with_the_last_of_unequal_epochs(vidtrain, tiny_dataset, seen):
+    """One cycle cannot be stepped once too often; 24 videos make 6, 5 and 5 steps, by turns."""
+    line = [word for word in RUN if not word.startswith("multigrid")]
+    words = ["multigrid=short", "optim=sgd_one_cycle", "optim.lr=0.01", "trainer.max_epochs=3"]
+    done = vidtrain(*line, *words, f"data.root={tiny_dataset}")
+    assert done.code == 0, done.err
+    assert len({size for *_, size, _ in seen}) == 3
+    assert seen[-1][3] < 1e-3 < 5e-3 < max(rate for *_, rate in seen)
+
+
+def test_a_run_goes_on_with_the_shapes_that_it_began_with(vidtrain, tiny_dataset, tmp_path):
+    line = [word for word in RUN if not word.startswith("multigrid")]
+    line += [f"data.root={tiny_dataset}"]
+    with pytest.raises(RuntimeError, match="an error of a test"):
+        vidtrain(*line, *add("Fail", hook="on_before_backward", at=4))
+    (run,) = (tmp_path / "runs").glob("*/*")
+    other = vidtrain(*line, "multigrid=both", f"resume={run}")
+    assert other.code == 2 and "another multigrid" in other.err
+    larger = vidtrain(*line, "data.batch_size=4", f"resume={run}", "trainer.max_epochs=1")
+    assert larger.code == 0 and "seen twice, or not at all" in larger.out
+
+
 @pytest.mark.parametrize(
     ("hook", "at", "settings"),
     [
@@ -147,9 +169,15 @@ def test_two_ranks_agree_on_every_shape(tiny_dataset, tmp_path):
         (["optim=sgd_one_cycle"], "does not go with multigrid's long cycle"),
         (["trainer.sync_batchnorm=true"], "set multigrid.norm_clips=null"),
         (["multigrid.short=[2]"], "above 0, at most 1"),
+        (["multigrid.long=5"], "multigrid.long is 5"),
+        (["multigrid.norm_clips=0"], "multigrid.norm_clips is 0"),
+        (["+multigrid.bogus=1"], "multigrid.bogus"),
+        (["trainer.val_check_interval=2"], "set a share of an epoch"),
+        (["profile=true"], "add multigrid=none"),
     ],
 )
-def test_what_does_not_go_together_is_refused(vidtrain, tiny_dataset, words, says):
+def test_what_does_not_go_together_is_refused(vidtrain, tiny_dataset, tmp_path, words, says):
     refused = vidtrain(*RUN, f"data.root={tiny_dataset}", *words)
     assert refused.code == 2 and says in refused.err
     assert len(refused.err.strip().splitlines()) == 1
+    assert not list(tmp_path.glob("runs/*/*"))

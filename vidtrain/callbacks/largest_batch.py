@@ -158,6 +158,7 @@ def fitting_batch(trainer: L.Trainer, task: VideoTask, data: VideoDataModule) ->
     why = f"no more fit {name} with {HEADROOM:.0%} of its free memory to spare"
     if size == limit:
         why = "all training videos" + (" of a rank" if trainer.world_size > 1 else "")
+        why += ", so that an epoch is one step"
         if host < videos:
             why = "more would fill the main memory with batches on their way (data.workers)"
     return Found(size, why)

@@ -81,8 +81,10 @@ def check(cfg: DictConfig) -> None:
     for name in ("checkpoint", "fusion"):  # what saves, and what goes through all videos in the end
         if name in cfg.callbacks:
             cfg.callbacks[name] = None
-    if cfg.get("multigrid") is not None:  # clips as the model says
-        cfg.multigrid = None
+    if cfg.get("multigrid") is not None:
+        raise UserError(
+            "profile=true times clips of one shape; add multigrid=none, and to time another shape clip.size=..."
+        )
     cfg.trainer.max_epochs, cfg.trainer.max_steps, cfg.trainer.max_time = 1, -1, None
     cfg.trainer.limit_train_batches, cfg.trainer.limit_val_batches = 1.0, 0
 

@@ -138,6 +138,9 @@ def main(cfg: DictConfig) -> None:
     quieten()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     build.check_optim(cfg)
+    for key, off in (("multigrid", None), ("profile", False)):
+        if cfg.get(key) != off:
+            raise UserError(f"bench times clips of one shape, without {key}; leave it out")
     if cfg.data.batch_size == largest_batch.AUTO:
         largest_batch.check_accelerator(cfg.trainer.accelerator)
     data = build.data(cfg)
@@ -147,8 +150,10 @@ def main(cfg: DictConfig) -> None:
     if data.has_features:
         raise UserError(f"bench times videos, and data={data.name} has features")
     data.labelled("train")
-    task = build.task(cfg, build.model(cfg))
-    data.feed(task.model.inputs)  # type: ignore[arg-type]
+    network = build.model(cfg)
+    task = build.task(cfg, network)
+    data.feed(network.inputs)  # type: ignore[arg-type]
+    build.checkpointing(cfg, network)
     trainer = build.trainer(cfg, Path("."), [], [])
     if cfg.data.batch_size == largest_batch.AUTO:
         tell("batch size")

@@ -43,7 +43,8 @@ def main(cfg: DictConfig) -> float | int | None:
     start = None if cfg.ckpt is None else checkpoint.find(cfg.ckpt)
     build.check_optim(cfg)
     if cfg.data.batch_size == largest_batch.AUTO:
-        largest_batch.check_accelerator(cfg.trainer.accelerator)
+        if cfg.resume is None:  # a run that goes on has a number
+            largest_batch.check_accelerator(cfg.trainer.accelerator)
         if cfg.get("multigrid") is not None:
             raise UserError("multigrid's batches have several sizes; set data.batch_size=N")
     named = resume.named(cfg, partial(tell_line, console))
@@ -69,7 +70,9 @@ def main(cfg: DictConfig) -> float | int | None:
     )
     if task.frozen or cfg.get("freeze"):
         tell_line(console, frozen_line(task))
-    build.checkpointing(cfg, network)  # here, so that a mistake leaves no run behind
+    # Here, so that a mistake leaves no run behind.
+    recomputed = build.checkpointing(cfg, network)
+    plan = build.multigrid_plan(cfg, network, data)
     resume_from = resume.find(cfg, named, run_dir, task.description, partial(tell_line, console))
     if resume_from is None:
         for part in weights:
@@ -91,10 +94,13 @@ def main(cfg: DictConfig) -> float | int | None:
     console.print(f"run [bold]{run_dir}[/bold]", highlight=False)
 
     callbacks = build.callbacks(cfg, run_dir)
+    if cfg.profile:  # what waits for a score would wait in vain
+        callbacks = [c for c in callbacks if getattr(c, "monitor", None) is None]
     saver = next((c for c in callbacks if isinstance(c, Checkpoint)), None)
     with closing(build.loggers(cfg, run_dir, facts)) as loggers:
         trainer = build.trainer(cfg, run_dir, callbacks, loggers)
         if cfg.data.batch_size == largest_batch.AUTO:
+            largest_batch.check_accelerator(cfg.trainer.accelerator)
 
             def settle(size: int) -> None:
                 take_batch_size(cfg, size, task, data)
@@ -109,9 +115,9 @@ def main(cfg: DictConfig) -> float | int | None:
             trainer.callbacks.append(finder)  # type: ignore[attr-defined]
         else:
             tell_line(console, build.scale_rate(cfg, task, data, trainer))
-        if cfg.get("multigrid") is not None:
-            tell_line(console, build.multigrid(cfg, task, data, trainer))
-        tell_line(console, build.speed_up(cfg, network, trainer))
+        if plan is not None:
+            tell_line(console, build.multigrid(cfg, plan, task, data, trainer))
+        tell_line(console, build.speed_up(cfg, network, trainer, recomputed))
         parallel.prepare(task, trainer)
         if cfg.profile:
             found = profile.run(task, data, trainer, run_dir / "trace.json" if first else None)

@@ -95,10 +95,13 @@ class Multigrid:
         multiple: int = 2,
         norm_clips: int | None = 8,
     ) -> None:
-        for key, number in (("multiple", multiple), ("norm_clips", norm_clips or 1)):
+        clips = 1 if norm_clips is None else norm_clips
+        for key, number in (("multiple", multiple), ("norm_clips", clips)):
             if not isinstance(number, int) or isinstance(number, bool) or number < 1:
                 raise UserError(f"multigrid.{key} is {number!r}; it is a whole number, at least 1")
         _check_shares("short", short)
+        if long is not None and (not isinstance(long, Sequence) or isinstance(long, str) or not long):
+            raise UserError(f"multigrid.long is {long!r}; it is a list of pairs of shares, or null")
         for pair in long or ():
             if not isinstance(pair, Sequence) or len(pair) != 2:
                 raise UserError(
@@ -117,6 +120,7 @@ class Multigrid:
                     "multigrid's long cycle counts epochs: set trainer.max_epochs, and not max_steps"
                 )
         self.clip, self.batch_size, self.accumulate = clip, batch_size, accumulate
+        self.epochs = epochs
         self.multiple, self.norm_clips = multiple, norm_clips
         self.default = self._grid(1, 1, short)
         self.sections = [Section(self.default, 0, epochs or 1, 0.0, 1.0)]

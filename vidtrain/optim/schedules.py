@@ -87,11 +87,7 @@ def with_schedule(
     if not 0 <= warmup_from <= 1:
         raise UserError(f"optim.warmup_from is {warmup_from}; it is a share of lr, from 0 to 1")
     if schedule == "one_cycle":
-        if pace is not None:
-            raise UserError(
-                "optim.schedule=one_cycle does not go with multigrid's long cycle, which changes the"
-                " rate as well; set cosine, step or constant, or multigrid=short"
-            )
+        assert pace is None, "build.multigrid_plan refuses it"
         return {
             "optimizer": optimizer,
             "lr_scheduler": one_cycle(optimizer, total, warmup, warmup_from),
