@@ -1,6 +1,7 @@
 """Two ranks learn what one learns: split batches (DDP), split networks (FSDP2)."""
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,38 @@ def test_what_cannot_be_split_is_said():
         task = SimpleNamespace(model=movinet_a0(4))
     with pytest.raises(UserError, match=r"cannot split blocks\.0\.0\.alpha, one number"):
         prepare(task, trainer)
+
+
+@pytest.mark.slow
+def test_two_nodes_end_where_one_does(tiny_dataset, tmp_path):
+    """Started by torchrun on each, as README has it; here both are this machine."""
+    one, report = train(tiny_dataset, tmp_path / "one", "trainer=cpu", "data.batch_size=8")
+    folder = tmp_path / "two"
+    folder.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["trainer=ddp", "trainer.num_nodes=2", "trainer.devices=1", "trainer.accelerator=cpu",
+             "trainer.benchmark=false", "data.batch_size=4", f"data.root={tiny_dataset}"]  # fmt: skip
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1",
+                "--master-addr=127.0.0.1", f"--master-port={port}"]  # fmt: skip
+    nodes = [
+        subprocess.Popen(
+            [*torchrun, f"--node-rank={rank}", "-m", "vidtrain", "train", *LINE, *words],
+            cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    for node in nodes:
+        _, said = node.communicate(timeout=600)
+        assert node.returncode == 0, said[-3000:]
+    (run,) = folder.glob("runs/*/*")
+    many = checkpoint.load(run / "checkpoints" / "last.ckpt")["state_dict"]
+    for key, tensor in one.items():
+        torch.testing.assert_close(many[key], tensor, rtol=1e-3, atol=1e-4, msg=key)
+    again = json.loads((run / "report.json").read_text())
+    assert again["videos"] == report["videos"]
+    assert again["metrics"] == pytest.approx(report["metrics"], abs=1e-3)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import shlex
 import sys
 import time
 import warnings
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,10 +86,10 @@ def main(cfg: DictConfig) -> float | int | None:
         made, run_dir = run_dir, resume_from.parent.parent
         if made != run_dir and made.is_dir() and not any(made.iterdir()):
             made.rmdir()
-    run_dir.mkdir(parents=True, exist_ok=True)
     facts = {key: task.description[key] for key in ("command", "code")}
     facts["dataset"] = provenance.dataset(data)
     if first:
+        run_dir.mkdir(parents=True, exist_ok=True)
         save_config(cfg, run_dir)
         write_json(run_dir / "run.json", facts)
     console.print(f"run [bold]{run_dir}[/bold]", highlight=False)
@@ -139,6 +140,11 @@ def main(cfg: DictConfig) -> float | int | None:
             if isinstance(error, NotFinite) and not first:
                 return 2  # every rank has raised it; the first one says so
             raise
+        if (
+            not first
+        ):  # on another node it began at another second, and was given a folder of its own
+            with suppress(OSError):
+                config.output_dir().rmdir()
         console.print(f"trained in {time.time() - began:.0f} s", highlight=False)
         best = Path(saver.best_model_path) if saver and saver.best_model_path else None
         if cfg.test:
