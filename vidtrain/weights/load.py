@@ -75,6 +75,7 @@ def named(node: Mapping[str, Any], at: str = "") -> dict[str, torchvision.Publis
     if isinstance(inner, Mapping) and at.startswith("backbone"):
         return named(inner)
     function = str(node.get("_target_", "")).rpartition(".")[2]
+    function = torchvision.NAMES.get(function, function)
     found: dict[str, torchvision.Published] = {}
     if function in tv.list_models(module=tv.video):
         found = torchvision.published(function)

@@ -1,24 +1,30 @@
-"""torchvision: R3D-18, MC3-18, R(2+1)D-18 and S3D, trained on Kinetics-400.
+"""torchvision: R3D-18, MC3-18, R(2+1)D-18, S3D, MViTv1 B and MViTv2 S, trained on Kinetics-400.
 
-Our networks of those names bear its names, so that nothing is renamed. What torchvision publishes is
+Of the convolutional ones ours bear its names, so that nothing is renamed. What torchvision publishes is
 asked of torchvision itself: address, checksum (in the file's name), normalisation, class names.
 """
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import torchvision.models as tv
-from torch import nn
+from torch import Tensor, nn
 
+from vidtrain.types import UserError
 from vidtrain.weights.files import Address
 from vidtrain.weights.layout import (
+    KINETICS_MEAN,
+    KINETICS_STD,
     Facts,
     File,
     Layout,
     Renamed,
+    Rules,
     kinetics_labels,
     refuse,
     rename_by,
@@ -26,7 +32,24 @@ from vidtrain.weights.layout import (
 )
 from vidtrain.weights.layout import family as family_of
 
-FAMILIES = ("resnet3d", "s3d")
+FAMILIES = ("resnet3d", "s3d", "mvit")
+NAMES = {"mvit_v1_b_16x4": "mvit_v1_b", "mvit_v2_s_16x4": "mvit_v2_s"}  # ours -> torchvision's
+MVIT: Rules = (
+    (r"conv_proj", r"patch_embed"),
+    (r"(blocks\.\d+)\.project", r"\1.proj"),
+    (r"(blocks\.\d+\.attn)\.project\.0", r"\1.proj"),
+    (r"(blocks\.\d+\.attn\.pool_[qkv])\.pool", r"\1.conv"),
+    (r"(blocks\.\d+\.attn\.pool_[qkv])\.norm_act\.0", r"\1.norm"),
+    (r"(blocks\.\d+\.mlp)\.0", r"\1.fc1"),
+    (r"(blocks\.\d+\.mlp)\.3", r"\1.fc2"),
+    (r"head\.1", r"head.proj"),
+)
+MVIT_POSITIONS = {
+    "class_token": "cls_token",
+    "spatial_pos": "pos_spatial",
+    "temporal_pos": "pos_temporal",
+    "class_pos": "pos_class",
+}
 MEAN, STD = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)
 SCALED = ("googlenet", "inception_v3")  # their weights take x / 127.5 - 1 and change it themselves
 
@@ -69,20 +92,49 @@ def published(model: str) -> dict[str, Published]:
 
 def matches(file: File) -> bool:
     """Tell the video networks from those on images by their kernels."""
-    names = ("stem.0.weight", "features.0.0.0.weight")
+    names = ("stem.0.weight", "features.0.0.0.weight", "conv_proj.weight")
     return any(name in file.tensors and file.tensors[name].ndim == 5 for name in names)
 
 
 def facts(file: File) -> Facts:
     """Kinetics-400's colours and, where the classifier has 400 rows, its classes."""
-    return Facts(MEAN, STD, labels=kinetics_labels(rows(file, "fc", "classifier.1")))
+    labels = kinetics_labels(rows(file, "fc", "classifier.1", "head.1"))
+    if "conv_proj.weight" in file.tensors:
+        return Facts(KINETICS_MEAN, KINETICS_STD, labels=labels)
+    return Facts(MEAN, STD, labels=labels)
 
 
 def rename(file: File, network: nn.Module, at: str) -> Renamed:
-    """Leave the names as they are."""
-    if family_of(network) not in FAMILIES:
+    """Rename MViT's tensors, and leave all other names as they are."""
+    family = family_of(network)
+    if family not in FAMILIES:
         raise refuse("torchvision", network, FAMILIES)
-    return rename_by((), file)
+    if family != "mvit":
+        return rename_by((), file)
+    renamed = rename_by(MVIT, file)
+    for theirs, ours in MVIT_POSITIONS.items():
+        if (tensor := renamed.tensors.pop(f"pos_encoding.{theirs}", None)) is not None:
+            renamed.tensors[ours] = tensor
+            renamed.origin[ours] = renamed.origin.pop(f"pos_encoding.{theirs}")
+    made, built = _clip_of(renamed.tensors), _clip_of(network.state_dict())
+    if made and built and made != built and made[0] == built[0]:
+        _, frames, size = made
+        raise UserError(
+            f"model.weights: {file.path}'s tables of positions are for {frames} frames of {size}"
+            f" pixels; set model.num_frames={frames} model.size={size}, which a clip of another"
+            " length or size stretches"
+        )
+    return renamed
+
+
+def _clip_of(tensors: Mapping[str, Tensor]) -> tuple[str, int, int] | None:
+    """Tell an MViT's kind of positions, and the frames and pixels of the clips that they are for."""
+    if "pos_temporal" in tensors:
+        frames, places = len(tensors["pos_temporal"]), len(tensors["pos_spatial"])
+        return "absolute", 2 * frames, 4 * math.isqrt(places)
+    if (time := tensors.get("blocks.0.attn.rel_pos_t")) is not None:
+        return "relative", len(time) + 1, 2 * (len(tensors["blocks.0.attn.rel_pos_h"]) + 1)
+    return None
 
 
 LAYOUT = Layout("torchvision", matches, facts, rename)
