@@ -280,6 +280,8 @@ def multigrid_plan(cfg: DictConfig, network: nn.Module, data: VideoDataModule) -
         return None
     if data.has_features:
         raise UserError("multigrid changes the clips of videos, and these data are features")
+    if cfg.data.batch_size == "auto":
+        raise UserError("multigrid's batches have several sizes; set data.batch_size=N")
     settings = _plain(cfg.multigrid)
     known = [key for key in inspect.signature(Multigrid).parameters if key in settings]
     if unknown := sorted(set(settings) - set(known)):

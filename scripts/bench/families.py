@@ -62,6 +62,19 @@ def command(data: str, family: str, root: str | None, epochs: int | None, out: P
     return ["train", *last.values()]
 
 
+def score(words: list[str], out: Path) -> float | None:
+    """Run `vidtrain` with these words, and give the video top-1 of its report; None where it failed."""
+    print("vidtrain", shlex.join(words), flush=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "vidtrain", *words], capture_output=True, text=True
+    )
+    if done.returncode:
+        print(done.stderr[-2000:], file=sys.stderr)
+        return None
+    top1: float = json.loads((out / "report.json").read_text())["metrics"]["test/top1"]
+    return top1
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", choices=SETS)
@@ -74,23 +87,16 @@ def main() -> None:
     for family in args.only:
         out = (args.out / args.data / family.replace(" ", "_").replace(",", "")).resolve()
         words = command(args.data, family, args.root, args.epochs, out)
-        print("vidtrain", shlex.join(words), flush=True)
         began = time.monotonic()
-        done = subprocess.run(
-            [sys.executable, "-m", "vidtrain", *words], capture_output=True, text=True
-        )
+        top1 = score(words, out)
         minutes = (time.monotonic() - began) / 60
-        if done.returncode:
-            print(done.stderr[-2000:], file=sys.stderr)
-            rows.append((family, None, minutes))
-            continue
-        report = json.loads((out / "report.json").read_text())
-        rows.append((family, report["metrics"]["test/top1"], minutes))
-        print(f"  {100 * rows[-1][1]:.1f} %  {minutes:.1f} min", flush=True)
+        rows.append((family, top1, minutes))
+        if top1 is not None:
+            print(f"  {100 * top1:.1f} %  {minutes:.1f} min", flush=True)
     print(f"\n| on {args.data} | video top-1 | minutes |\n|---|---|---|")
     for family, top1, minutes in rows:
-        score = "failed" if top1 is None else f"{100 * top1:.1f} %"
-        print(f"| {family} | {score} | {minutes:.1f} |")
+        shown = "failed" if top1 is None else f"{100 * top1:.1f} %"
+        print(f"| {family} | {shown} | {minutes:.1f} |")
 
 
 if __name__ == "__main__":

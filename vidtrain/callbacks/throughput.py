@@ -27,8 +27,8 @@ class _Tally:
 class Throughput(L.Callback):
     """Measure clips per second, the share of the time spent waiting, GPU memory and MFU, and log them.
 
-    Logged every `trainer.log_every_n_steps` steps, in one call past Lightning's `log`, which costs a
-    quarter of a millisecond a value; of an epoch that has fewer steps, at its end. Each value is over
+    Logged every `trainer.log_every_n_steps` steps, in one call past Lightning's `log`, which is slow;
+    of an epoch that has fewer steps, at its end. Each value is over
     the steps since the one before: `train/clips_per_second`, over all devices; `train/data_wait`,
     between 0 and 1; `train/gpu_memory`, the most that tensors took up since the epoch began, in GB
     (10^9 bytes) on the first rank's device; `train/mfu`, between 0 and 1, the model FLOPs utilisation

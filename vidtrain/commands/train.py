@@ -26,7 +26,6 @@ from vidtrain.callbacks.saving import CannotSave
 from vidtrain.commands.test import run_test, write_json
 from vidtrain.data.manifest import is_url
 from vidtrain.loggers import closing
-from vidtrain.types import UserError
 from vidtrain.weights.load import fill
 
 
@@ -43,11 +42,8 @@ def main(cfg: DictConfig) -> float | int | None:
         profile.check(cfg)
     start = None if cfg.ckpt is None else checkpoint.find(cfg.ckpt)
     build.check_optim(cfg)
-    if cfg.data.batch_size == largest_batch.AUTO:
-        if cfg.resume is None:  # a run that goes on has a number
-            largest_batch.check_accelerator(cfg.trainer.accelerator)
-        if cfg.get("multigrid") is not None:
-            raise UserError("multigrid's batches have several sizes; set data.batch_size=N")
+    if cfg.data.batch_size == largest_batch.AUTO and cfg.resume is None:  # which has a number
+        largest_batch.check_accelerator(cfg.trainer.accelerator)
     named = resume.named(cfg, partial(tell_line, console))
     weights = build.weights(cfg, start or named, partial(tell_line, console))
     with open_dict(cfg):  # so that the checkpoint can be tested from any folder
@@ -140,10 +136,8 @@ def main(cfg: DictConfig) -> float | int | None:
             if isinstance(error, NotFinite) and not first:
                 return 2  # every rank has raised it; the first one says so
             raise
-        if (
-            not first
-        ):  # on another node it began at another second, and was given a folder of its own
-            with suppress(OSError):
+        if not first:
+            with suppress(OSError):  # another node began at another second: its folder is empty
                 config.output_dir().rmdir()
         console.print(f"trained in {time.time() - began:.0f} s", highlight=False)
         best = Path(saver.best_model_path) if saver and saver.best_model_path else None

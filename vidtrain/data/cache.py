@@ -76,6 +76,10 @@ class Kept(NamedTuple):
     height: int
     width: int
 
+    def file_size(self, count: int) -> int:
+        """Bytes of a file of so many frames."""
+        return START + count * self.height * self.width * 3
+
 
 class Report(NamedTuple):
     """What a cache holds."""
@@ -276,7 +280,7 @@ class FrameCache:
             kept = self._kept(reader)
         except DecodeError:
             return False
-        size = START + len(reader) * kept.height * kept.width * 3
+        size = kept.file_size(len(reader))
         part = self.folder / f".{uuid.uuid4().hex}.part"
         with self._ledger() as ledger:
             if ledger.note(video) in (BUSY, DAMAGED):  # another is at it, or has died of it
@@ -339,7 +343,7 @@ class FrameCache:
             rest = pixels.data.cast("B")
             while len(rest):
                 rest = rest[sink.write(rest) :]
-        if sink.tell() != START + count * kept.height * kept.width * 3:
+        if sink.tell() != kept.file_size(count):
             raise DecodeError(reader.path, f"does not show {count} frames of one size")
         os.fsync(sink.fileno())  # else a power cut may leave its length without its data
 
@@ -442,7 +446,7 @@ class CachedReader:
             if len(head) == HEADER.size + 4:
                 kind, whose, count, *numbers, fps = HEADER.unpack_from(head)
                 kept = Kept(*numbers)
-                size = START + count * kept.height * kept.width * 3
+                size = kept.file_size(count)
                 check = zlib.crc32(head[:-4]).to_bytes(4, "little")
                 whole = check == head[-4:] and os.fstat(opened).st_size == size
                 if whole and (kind, whose) == (KIND, video):

@@ -61,17 +61,18 @@ class MLP(nn.Module):
     """Two linear layers with a GELU between them, for each token by itself.
 
     Args:
-        dim: In and out.
+        dim: In.
         hidden: Between the two.
+        out: Out; None for as many as come in.
     """
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    def __init__(self, dim: int, hidden: int, out: int | None = None) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc2 = nn.Linear(hidden, out or dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> the same."""
+        """(..., D) -> (..., E)."""
         return self.fc2(F.gelu(self.fc1(x)))
 
 
@@ -102,10 +103,10 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-def init_linear(network: nn.Module, std: float = 0.02) -> None:
-    """Draw the weights of all linear layers from a Gaussian cut off at 2; biases start at zero."""
+def init_linear(network: nn.Module) -> None:
+    """Draw the weights of all linear layers from a Gaussian of 0.02, cut off at 2; biases start at zero."""
     for module in network.modules():
         if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=std)
+            nn.init.trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)

@@ -74,7 +74,7 @@ def resize_table(table: Tensor, grid: Sequence[int], new: Sequence[int], mode: s
         table: (1, N, D), a row for each of the N places of `grid`, the last axis running fastest.
         grid: One to three sizes, whose product is N.
         new: As many.
-        mode: Of `F.interpolate`: `nearest`, or `linear`, `bicubic`, `trilinear` by the number of axes.
+        mode: Of `F.interpolate`: `nearest`, or `linear`, `bilinear`, `trilinear` by the number of axes.
 
     Returns:
         (1, M, D) with M places in `new`; the table itself where the sizes are the same.

@@ -47,12 +47,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vidtrain.layers.attention import EPS, MLP, init_linear
 from vidtrain.layers.bottleneck import Head
 from vidtrain.layers.drop_path import drop_path as skip
 from vidtrain.layers.drop_path import path_rates
+from vidtrain.layers.patch import resize_table
 from vidtrain.types import UserError
 
-EPS = 1e-6  # of all layer norms
 PATCH = (2, 4, 4)  # frames and pixels from one token to the next
 STAGE_STRIDE = (1, 2, 2)
 KEY_STRIDE = 8  # of the first stage's keys; half as much in each later one
@@ -73,13 +74,6 @@ def _on_grid(pool: Callable[[Tensor], Tensor], x: Tensor, grid: Grid) -> Tensor:
     return torch.cat([x[:, :, :1], tokens], 2)
 
 
-def _stretch(table: Tensor, size: int) -> Tensor:
-    """(N, D) -> (size, D), linearly."""
-    if len(table) == size:
-        return table
-    return F.interpolate(table.t()[None], size, mode="linear")[0].t()
-
-
 def _by_distance(table: Tensor, queries: int, keys: int) -> Tensor:
     """Look up the distance of each query to each key on one axis: (N, d) -> (queries, keys, d).
 
@@ -90,7 +84,8 @@ def _by_distance(table: Tensor, queries: int, keys: int) -> Tensor:
     query = torch.arange(queries, device=table.device)[:, None]
     key = torch.arange(keys, device=table.device)
     steps = longest * (query * keys + (keys - 1 - key) * queries) // (queries * keys)
-    return _stretch(table, 2 * longest - 1)[steps]
+    whole = resize_table(table[None], table.shape[:1], (2 * longest - 1,), "linear")[0]
+    return whole[steps]
 
 
 class Pool(nn.Module):
@@ -182,24 +177,6 @@ class PoolingAttention(nn.Module):
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
-class Mlp(nn.Module):
-    """Two linear layers, four times as wide between them.
-
-    Args:
-        dim: Channels that come in.
-        out: Channels that go out.
-    """
-
-    def __init__(self, dim: int, out: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.fc2 = nn.Linear(4 * dim, out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, E)."""
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class Block(nn.Module):
     """Pooling attention and an MLP, each behind a norm and beside a shortcut.
 
@@ -235,7 +212,7 @@ class Block(nn.Module):
             (dim_in, dim), heads, stride, key_stride, pool_queries or strided, residual, lengths
         )
         self.norm2 = nn.LayerNorm(dim, eps=EPS)
-        self.mlp = Mlp(dim, out)
+        self.mlp = MLP(dim, 4 * dim, out)
         self.proj = nn.Linear(dim_in, out) if dim_in != out else None
         self.in_attention = dim_in != dim
         kernel = [step + 1 if step > 1 else 1 for step in stride]
@@ -344,7 +321,7 @@ class MViT(nn.Module):
         self.num_features = dim_in
         self.norm = nn.LayerNorm(dim_in, eps=EPS)
         self.head = Head(dim_in, num_classes, dropout)
-        self.apply(_initialise)
+        init_linear(self)
 
     def tokens(self, x: Tensor) -> tuple[Tensor, Grid]:
         """(B, 3, T, H, W) -> (B, 1 + N, D), the class token first, and the grid of the N others."""
@@ -362,11 +339,10 @@ class MViT(nn.Module):
     def positions(self, grid: Grid) -> Tensor:
         """What v1 adds to the tokens of a grid: (1 + N, D)."""
         t, h, w = grid
-        places, side = self.pos_spatial, round(len(self.pos_spatial) ** 0.5)
-        if (h, w) != (side, side):
-            square = places.t().unflatten(1, (side, side))[None]
-            places = F.interpolate(square, size=(h, w), mode="bilinear")[0].flatten(1).t()
-        total = _stretch(self.pos_temporal, t)[:, None] + places
+        side = round(len(self.pos_spatial) ** 0.5)
+        places = resize_table(self.pos_spatial[None], (side, side), (h, w), "bilinear")
+        frames = resize_table(self.pos_temporal[None], self.pos_temporal.shape[:1], (t,), "linear")
+        total = frames.transpose(0, 1) + places
         return torch.cat([self.pos_class[None], total.flatten(0, 1)])
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -382,14 +358,7 @@ class MViT(nn.Module):
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the linear layer; 0 takes it away."""
         self.head.reset(num_classes)
-        self.head.apply(_initialise)
-
-
-def _initialise(module: nn.Module) -> None:
-    """Give linear layers their first weights: a Gaussian of 0.02, cut off at 2, and no bias."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
+        init_linear(self.head)
 
 
 def mvit_v1_b_16x4(
@@ -437,15 +406,8 @@ def mvit_v2_s_16x4(
     drop_path: float = 0.2,
 ) -> MViT:
     """Build MViTv2 S for 16 frames, 4 apart."""
-    return MViT(
-        num_classes,
-        (1, 2, 11, 2),
-        num_frames,
-        size,
-        width,
-        dropout=dropout,
-        drop_path=drop_path,
-    )
+    depths = (1, 2, 11, 2)
+    return MViT(num_classes, depths, num_frames, size, width, dropout=dropout, drop_path=drop_path)
 
 
 def mvit_v2_b_32x3(
@@ -457,15 +419,8 @@ def mvit_v2_b_32x3(
     drop_path: float = 0.3,
 ) -> MViT:
     """Build MViTv2 B for 32 frames, 3 apart."""
-    return MViT(
-        num_classes,
-        (2, 3, 16, 3),
-        num_frames,
-        size,
-        width,
-        dropout=dropout,
-        drop_path=drop_path,
-    )
+    depths = (2, 3, 16, 3)
+    return MViT(num_classes, depths, num_frames, size, width, dropout=dropout, drop_path=drop_path)
 
 
 def mvit_v2_l_40x3(

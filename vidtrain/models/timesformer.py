@@ -201,12 +201,14 @@ def timesformer_base(
     heads: int = 12,
     dropout: float = 0.0,
     drop_path: float = 0.1,
+    attention: str = "divided",
 ) -> TimeSformer:
-    """Build TimeSformer for 8 frames of 224 x 224 pixels, with divided attention."""
+    """Build TimeSformer for 8 frames of 224 x 224 pixels."""
     return TimeSformer(
         num_classes,
         num_frames,
         size,
+        attention,
         patch=patch,
         dim=dim,
         depth=depth,
@@ -262,17 +264,8 @@ def timesformer_base_joint(
     drop_path: float = 0.1,
 ) -> TimeSformer:
     """Build TimeSformer with joint attention over time and space."""
-    return TimeSformer(
-        num_classes,
-        num_frames,
-        size,
-        "joint",
-        patch=patch,
-        dim=dim,
-        depth=depth,
-        heads=heads,
-        dropout=dropout,
-        drop_path=drop_path,
+    return timesformer_base(
+        num_classes, num_frames, size, patch, dim, depth, heads, dropout, drop_path, "joint"
     )
 
 
@@ -288,15 +281,6 @@ def timesformer_base_space(
     drop_path: float = 0.1,
 ) -> TimeSformer:
     """Build TimeSformer with attention within each frame alone."""
-    return TimeSformer(
-        num_classes,
-        num_frames,
-        size,
-        "space",
-        patch=patch,
-        dim=dim,
-        depth=depth,
-        heads=heads,
-        dropout=dropout,
-        drop_path=drop_path,
+    return timesformer_base(
+        num_classes, num_frames, size, patch, dim, depth, heads, dropout, drop_path, "space"
     )

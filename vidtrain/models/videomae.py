@@ -111,7 +111,7 @@ class VideoMAE(nn.Module):
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the linear layer; 0 takes it away."""
         made = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        init_linear(made, std=0.02)
+        init_linear(made)
         if isinstance(made, nn.Linear):
             with torch.no_grad():
                 made.weight *= HEAD_SCALE

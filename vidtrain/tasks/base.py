@@ -128,7 +128,7 @@ class VideoTask(L.LightningModule):
         output = self.step(batch)
         trainer = self.trainer
         if trainer._logger_connector.should_update_logs or trainer.is_last_batch:
-            # Not at each step: a note takes half a millisecond.
+            # Not at each step: Lightning's `log` is slow.
             self.log("train/loss", output.loss, prog_bar=True, batch_size=len(output.target))
         return output.loss
 
