@@ -233,6 +233,7 @@ def task(cfg: DictConfig, network: nn.Module) -> VideoTask:
 
     module: VideoTask = instantiate(cfg.task)
     module.model = network
+    module.check_model()
     module.optimizer = recipe(cfg)
     module.frozen = freeze(network, cfg.get("freeze"))
     module.train()  # all but what is frozen

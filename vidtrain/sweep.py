@@ -162,6 +162,8 @@ def metric(cfg: DictConfig) -> str:
     monitor = str(OmegaConf.select(cfg, "callbacks.checkpoint.monitor", default="auto"))
     if monitor != "auto":
         return monitor
+    if str(OmegaConf.select(cfg, "task._target_")).endswith("MaskedPretraining"):
+        return "val/loss"
     many = OmegaConf.select(cfg, "data.multi_label", default=False)
     return "val/mAP" if many else "val/top1"
 

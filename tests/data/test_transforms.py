@@ -56,6 +56,28 @@ def test_random_geometry_stays_inside_and_covers_the_frame():
     assert 150 < sum(flips) < 250
 
 
+def test_sides_are_neighbours_at_thirteen_places():
+    rng, sides = np.random.default_rng(0), [1, 0.875, 0.75, 0.66]
+    boxes = [geometry.random_geometry(90, 120, 64, Augment(sides=sides), rng) for _ in range(3000)]
+    lengths = [90, 78, 67, 59]  # rounded down
+    shapes = {(box.height, box.width) for box in boxes}
+    near = {(h, w) for i, h in enumerate(lengths) for j, w in enumerate(lengths) if abs(i - j) < 2}
+    assert shapes == near and len(near) == 10
+    for height, width in near:  # steps of a quarter of what is left, rounded down
+        down, right = (90 - height) // 4, (120 - width) // 4
+        places = {(b.top, b.left) for b in boxes if (b.height, b.width) == (height, width)}
+        even = {(i * down, j * right) for i in (0, 2, 4) for j in (0, 2, 4)}
+        odd = {(i * down, j * right) for i in (1, 3) for j in (1, 3)}
+        assert places == even | odd
+    assert len(geometry.PLACES) == len(set(geometry.PLACES)) == 13
+
+
+@pytest.mark.parametrize("sides", [[], "1", [1.2], [0], [True], 0.5, ["a"]])
+def test_sides_that_cannot_be_are_refused(sides):
+    with pytest.raises(UserError, match=r"augment\.sides is .* takes numbers above 0, at most 1"):
+        Augment(sides=sides)
+
+
 @pytest.mark.parametrize(
     "knobs",
     [

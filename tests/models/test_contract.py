@@ -22,6 +22,7 @@ K = 5
 # In all tables below the first pattern that fits a case's name counts.
 
 NARROW = ["+model.dim=48", "+model.depth=2", "+model.heads=3"]  # of transformers
+NARROW_DECODER = ["+model.decoder_dim=24", "+model.decoder_depth=1", "+model.decoder_heads=3"]
 
 # Small clips: as few frames and pixels as the network takes, so that all of them run in seconds.
 SMALL = {
@@ -40,9 +41,16 @@ SMALL = {
     # A path that is dropped for both samples gets no gradient.
     "movinet_*": ["clip.size=32", "clip.num_frames=5", "model.drop_path=0"],
     "timesformer_*": ["clip.size=32", "clip.num_frames=4", "model.drop_path=0", *NARROW],
+    "*_giant_pretrain": ["clip.size=56", "clip.num_frames=4", *NARROW, *NARROW_DECODER],
+    "mae_st_huge_pretrain": ["clip.size=56", "clip.num_frames=4", *NARROW, *NARROW_DECODER],
+    "*_pretrain": ["clip.size=64", "clip.num_frames=4", *NARROW, *NARROW_DECODER],
+    "mae_st_huge": ["clip.size=28", "clip.num_frames=4", "model.drop_path=0", *NARROW],
+    "mae_st_*": ["clip.size=32", "clip.num_frames=4", "model.drop_path=0", *NARROW],
     "videomae_giant": ["clip.size=28", "clip.num_frames=4", "model.drop_path=0", *NARROW],
     "videomae_*": ["clip.size=32", "clip.num_frames=4", "model.drop_path=0", *NARROW],
     "mvit_*": ["clip.size=32", "clip.num_frames=4", "model.drop_path=0", "+model.width=16"],
+    "vivit_*": ["clip.size=32", "clip.num_frames=4", *NARROW[:2], "+model.heads=4"],
+    "vtn_*": ["clip.size=32", "clip.num_frames=4", *NARROW],
     "*": ["clip.size=48"],
 }
 
@@ -61,6 +69,7 @@ ALSO: dict[str, list[str]] = {
     ],
     "cnn_lstm fc6": ["model=cnn_lstm", "model.fc6=16"],
     "gru_rcn both": ["model=gru_rcn", "model.stacked=true", "model.bidirectional=true"],
+    "videomae_small attentive": ["model=videomae_small", "model.probe=attentive"],
 }  # fmt: skip
 
 # Of these families this one runs by default and the others, which differ in numbers alone, are slow.
@@ -73,6 +82,7 @@ FAMILIES = {
     "c2d_r50_8x8": "*_r50_*8x8",
     "mvit_v1_b_16x4": "mvit_v1_*",
     "mvit_v2_s_16x4": "mvit_v2_*",
+    "vivit_b_joint": "vivit_*_joint",
 }
 
 # What is built for one number of frames (T) or one size (S), and says so when it gets another.
@@ -97,6 +107,7 @@ UNUSED = {
     "mvit_v2_s_*": r"blocks\.15\.attn\.(rel_pos_.|pool_q\.conv\.weight)",
     "mvit_v2_b_*": r"blocks\.23\.attn\.(rel_pos_.|pool_q\.conv\.weight)",
     "mvit_v2_l_*": r"blocks\.47\.attn\.(rel_pos_.|pool_q\.conv\.weight)",
+    "vtn_*": r"temporal\.layers\.2\.attn\.(query|key|value)\.(weight|bias)",
     "*": "",
 }
 
@@ -117,8 +128,13 @@ def is_big(name: str) -> bool:
     return name not in FAMILIES and any(fnmatchcase(name, p) for p in FAMILIES.values())
 
 
+MASKED = [
+    name for name in NAMES if name.endswith("_pretrain")
+]  # no classes: a contract of their own
 CASES = [
-    pytest.param(name, marks=pytest.mark.slow) if is_big(name) else name for name in [*NAMES, *ALSO]
+    pytest.param(name, marks=pytest.mark.slow) if is_big(name) else name
+    for name in [*NAMES, *ALSO]
+    if name not in MASKED
 ]
 
 
@@ -349,3 +365,62 @@ def test_compile_traces_it_whole(configured, name):
     with torch.no_grad():
         compiled = torch.compile(net.eval(), backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(*clip), net(*clip))
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_contract_of_masked_autoencoders(configured, name):
+    net, (video,) = configured(name)
+    assert net.inputs == ("video",)
+    mask = net.draw(2, tuple(video.shape[2:]), torch.Generator().manual_seed(0))
+    count, visible = net.boxes(video).shape[1], mask.visible.shape[1]
+    assert visible < count and mask.counted.shape == mask.predicted.shape
+    for numbers in (mask.visible, mask.predicted):
+        assert (numbers.diff() > 0).all() and numbers.min() >= 0 and numbers.max() < count
+
+    # a prediction for each token that is asked for, of as many numbers as the target has
+    net.train()
+    predicted = net(video, mask)
+    target = net.standardise(net.boxes(video).gather(1, at(net, video, mask))).values
+    assert predicted.shape == target.shape
+    (predicted - target).square().mean().backward()
+    for key, parameter in net.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), key
+        assert parameter.grad.any(), key
+
+    net.eval()
+    with torch.no_grad():
+        together = net(video, mask)
+        torch.testing.assert_close(net(video, mask), together, rtol=0, atol=0)
+        parts = [type(mask)(*(one[i : i + 1] for one in mask)) for i in range(2)]
+        apart = [net(video[i : i + 1], part) for i, part in enumerate(parts)]
+        torch.testing.assert_close(torch.cat(apart), together, rtol=1e-4, atol=1e-5)
+        assert net.forward_features(video).shape[:2] == (2, net.num_features)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert net(video, mask).isfinite().all()
+        swapped = net(to_channels_last(video), mask)
+        torch.testing.assert_close(swapped, together, rtol=1e-4, atol=1e-4)
+        longer = torch.cat([video, video], 2)  # positions are spread
+        assert len(net(longer)) == 2
+        other, _ = configured(name)
+        other.load_state_dict(net.state_dict())
+        assert torch.equal(other.eval()(video, mask), together)
+
+
+def at(net: nn.Module, video: Tensor, mask) -> Tensor:
+    """Give the places of what is predicted, as `gather` takes them."""
+    shape = net.boxes(video).shape[2:]
+    return mask.predicted[..., None, None].expand(-1, -1, *shape)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MASKED)
+def test_masked_autoencoders_compile_whole_and_export(configured, name):
+    torch.compiler.reset()
+    net, (video,) = configured(name)
+    mask = net.eval().draw(2, tuple(video.shape[2:]))
+    with torch.no_grad():
+        expected = net(video, mask)
+        compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(video, mask), expected)
+        exported = torch.export.export(net, (video, mask)).module()
+        torch.testing.assert_close(exported(video, mask), expected)

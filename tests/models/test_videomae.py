@@ -162,6 +162,38 @@ def test_classifier_sees_the_normed_mean():
         torch.testing.assert_close(net(clip), embedding)
 
 
+@pytest.mark.parametrize("probe", ["linear", "attentive"])
+def test_a_probe_takes_the_classifiers_place(probe):
+    net, clip = shaken(small(probe=probe)), torch.randn(2, 3, 4, 32, 32)
+    plain = small()
+    plain.load_state_dict(
+        {k: v for k, v in net.state_dict().items() if "head" not in k}, strict=False
+    )
+    with torch.no_grad():
+        tokens = net.forward_features(clip).flatten(2).transpose(1, 2)
+        torch.testing.assert_close(tokens, plain.forward_features(clip).flatten(2).transpose(1, 2))
+        seen = net.fc_norm(tokens if probe == "attentive" else tokens.mean(1))
+        torch.testing.assert_close(net(clip), net.head(seen))
+        net.reset_classifier(0)
+        plain.reset_classifier(0)
+        torch.testing.assert_close(net(clip), plain(clip))  # the same embedding
+        net.reset_classifier(7)
+        assert net(clip).shape == (2, 7) and type(net.head).__name__.lower() == f"{probe}probe"
+
+
+@pytest.mark.parametrize("name", ["small", "base", "large", "huge", "giant"])
+def test_every_size_takes_a_probe(name):
+    plain, probed = (on_meta(name, depth=1, probe=probe) for probe in (None, "attentive"))
+    d, k = plain.num_features, 400
+    more = sum(p.numel() for p in probed.parameters()) - sum(p.numel() for p in plain.parameters())
+    assert more == 11 * d * d + 11 * d and probed.head.heads == plain.blocks[0].attn.heads
+    with pytest.raises(
+        UserError, match=r"model\.probe is 'mean'; it is one of linear, attentive, or"
+    ):
+        on_meta(name, depth=1, probe="mean")
+    assert plain.head.weight.shape == (k, d)
+
+
 def test_every_parameter_learns_from_the_start():
     net = small(drop_path=0.0).train()
     assert net.blocks[0].attn.qkv.weight.std().item() == pytest.approx(0.02, rel=0.2)

@@ -108,6 +108,25 @@ def test_freeze_names_what_stays_in_eval_mode():
     assert chosen(Net(), "layer10", "freeze") == ["layer10.weight", "layer10.bias"]
 
 
+def test_the_word_backbone_means_all_but_the_classifier():
+    net = Transformer()
+    assert freeze(net, "backbone") == ("patch_embed", "blocks", "norm")
+    assert {name for name, p in net.named_parameters() if p.requires_grad} == {
+        "head.weight",
+        "head.bias",
+    }
+    net = Transformer()
+    net.readout = ("norm",)
+    assert freeze(net, ["backbone", "head.bias"]) == ("patch_embed", "blocks")
+    learns = {name for name, p in net.named_parameters() if p.requires_grad}
+    assert learns == {"head.weight", "norm.weight", "norm.bias"}
+    net = Transformer()
+    made = decay_groups(net, 0.0, lr=1.0, groups={"backbone": 0.1})
+    rates = {name: g.get("lr", 1.0) for g in made for name in names(net, g["params"])}
+    assert {name for name, found in rates.items() if found == 1} == {"head.weight", "head.bias"}
+    assert {found for found in rates.values()} == {1.0, 0.1}
+
+
 @pytest.mark.parametrize(
     ("patterns", "message"),
     [

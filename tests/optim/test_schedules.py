@@ -24,6 +24,39 @@ def test_warmup_may_begin_above_zero():
         sgd(nn.Linear(2, 2), 10, lr=0.5, warmup=0.1, warmup_from=2)
 
 
+def test_a_cosine_may_end_above_zero():
+    rates = [rate(step, 100, "cosine", 0.1, (), 0.1, floor=0.2) for step in range(101)]
+    assert rates[0] == pytest.approx(1 / 11) and rates[10] == 1.0
+    assert rates[55] == pytest.approx(0.6) and rates[100] == pytest.approx(0.2)
+    built = adamw(nn.Linear(2, 2), 10, lr=0.5, schedule="cosine", floor=0.2)
+    optimizer, scheduler = built["optimizer"], built["lr_scheduler"]["scheduler"]
+    for _ in range(10):
+        optimizer.step()
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
+
+
+def test_it_ends_there_at_another_pace_too():
+    def pace(step):
+        return (step / 10) ** 0.5, 1.0
+
+    pace.total = 10
+    built = sgd(nn.Linear(2, 2), 10, lr=0.5, schedule="cosine", floor=0.2, pace=pace)
+    optimizer, scheduler = built["optimizer"], built["lr_scheduler"]["scheduler"]
+    for _ in range(10):
+        optimizer.step()
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
+
+
+def test_a_floor_that_cannot_be_is_named():
+    with pytest.raises(UserError, match=r"optim\.floor is 1\.5; it is a share of lr"):
+        adamw(nn.Linear(2, 2), 10, lr=0.1, schedule="cosine", floor=1.5)
+    for schedule in ("step", "constant", "one_cycle"):
+        with pytest.raises(UserError, match=rf"schedule={schedule} has none: set it to 0"):
+            sgd(nn.Linear(2, 2), 10, lr=0.1, schedule=schedule, floor=0.1)
+
+
 def test_steps_and_constant_by_hand():
     rates = [rate(step, 90, "step", 0.0, (2 / 3, 8 / 9), 0.1) for step in (0, 59, 60, 79, 80, 89)]
     assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])

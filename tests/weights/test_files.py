@@ -1,5 +1,6 @@
 """Fetching and reading files of weights: checksums, wholeness, and nothing that is run."""
 
+import argparse
 import hashlib
 import pickle
 import threading
@@ -8,6 +9,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from vidtrain.types import UserError
@@ -134,6 +136,34 @@ def test_a_pickle_is_not_run(tmp_path, monkeypatch):
         read(tmp_path / "whole.pth")
 
 
+def test_a_programs_arguments_may_lie_beside_the_tensors(tmp_path):
+    arguments = argparse.Namespace(lr=1e-3, model="vit", sizes=[16, 224])
+    torch.save({"model": {"a": torch.ones(1)}, "args": arguments}, tmp_path / "w.pth")
+    file = read(tmp_path / "w.pth")
+    assert set(file.tensors) == {"a"} and file.extra["args"] == arguments
+    arguments.bomb = Bomb()
+    torch.save({"model": {"a": torch.ones(1)}, "args": arguments}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="nothing in a file is run"):
+        read(tmp_path / "w.pth")
+
+
+def test_safetensors(tmp_path):
+    state = {"a.weight": torch.randn(3, 2), "b": torch.ones(4).half()}
+    save_file(state, tmp_path / "w.safetensors", metadata={"format": "pt"})
+    file = read(tmp_path / "w.safetensors")
+    assert set(file.tensors) == set(state) and not file.extra
+    assert all(torch.equal(file.tensors[name], tensor) for name, tensor in state.items())
+    whole = (tmp_path / "w.safetensors").read_bytes()
+    torch.save(state, tmp_path / "other.safetensors")
+    save_file({}, tmp_path / "none.safetensors")
+    (tmp_path / "torn.safetensors").write_bytes(whole[:-5])
+    (tmp_path / "empty.safetensors").write_bytes(b"")
+    for name in ("other", "none", "torn", "empty"):
+        with pytest.raises(UserError, match=r"holds no tensors|no whole file") as error:
+            read(tmp_path / f"{name}.safetensors")
+        assert name in str(error.value) and "\n" not in str(error.value)
+
+
 def test_what_is_no_file_of_tensors_is_one_line(tmp_path):
     whole = tmp_path / "whole.pth"
     torch.save({"a": torch.ones(100)}, whole)
@@ -148,7 +178,7 @@ def test_what_is_no_file_of_tensors_is_one_line(tmp_path):
         assert name in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["model_state", "state_dict", "model", None])
+@pytest.mark.parametrize("name", ["model_state", "state_dict", "model", "module", None])
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
 def test_its_makers_wrapping_comes_off(tmp_path, name, prefix):
     state = {f"{prefix}a.weight": torch.ones(2), f"{prefix}a.bias": torch.zeros(2)}

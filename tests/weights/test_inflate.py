@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from vidtrain.layers.same import SameConv3d, SameMaxPool3d
 from vidtrain.models.i3d import i3d
 from vidtrain.types import UserError
-from vidtrain.weights.inflate import inflate, inflate_kernel
+from vidtrain.weights.inflate import central_frame, inflate, inflate_kernel
 
 
 class TimeConv(nn.Conv3d):
@@ -201,6 +201,18 @@ def test_taps(extent):
     centre = inflate_kernel(kernel, extent, "centre")
     assert torch.equal(centre[:, :, extent // 2], kernel) and torch.equal(centre.sum(2), kernel)
     assert centre.count_nonzero() == kernel.count_nonzero()
+
+
+@pytest.mark.parametrize(("frames", "seen"), [(1, 0), (2, 1), (3, 1), (4, 2)])
+@torch.no_grad()
+def test_central_frame_sees_one_frame_of_each_tubelet(frames, seen):
+    kernel, video = torch.randn(6, 3, 4, 4), torch.randn(2, 3, 3 * frames, 8, 8)
+    tubelets = F.conv3d(video, central_frame(kernel, frames), stride=(frames, 4, 4))
+    for number, tubelet in enumerate(tubelets.unbind(2)):
+        frame = F.conv2d(video[:, :, number * frames + seen], kernel, stride=4)
+        torch.testing.assert_close(tubelet, frame, rtol=1e-5, atol=1e-5)
+    half = central_frame(kernel.half(), frames)
+    assert half.shape == (6, 3, frames, 4, 4) and half.dtype == torch.float16
 
 
 def test_all_else_is_copied_and_a_linear_layer_may_become_a_convolution():

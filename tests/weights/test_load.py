@@ -10,9 +10,12 @@ from vidtrain.models.c3d import c3d
 from vidtrain.models.cnn_lstm import cnn_lstm
 from vidtrain.models.fusion import late_fusion_pool, single_frame
 from vidtrain.models.gru_rcn import gru_rcn
+from vidtrain.models.mae_st import mae_st_base, mae_st_base_pretrain
 from vidtrain.models.resnet3d import r3d_18
 from vidtrain.models.slow import slow_r50_4x16
 from vidtrain.models.two_stream import two_stream
+from vidtrain.models.videomae import videomae_small
+from vidtrain.models.videomae_pretrain import videomae_small_pretrain
 from vidtrain.types import UserError
 from vidtrain.weights.layout import Facts, File
 from vidtrain.weights.load import LAYOUTS, Part, colours, fill, layout_of, open_parts
@@ -277,3 +280,63 @@ def test_a_fitted_svm_does_not_outlive_another_order_of_classes():
     assert "new here: svm" in fill(other, part, NAMES[::-1])
     assert not other.svm.fitted
     assert torch.equal(other.temporal.net.fc.bias, net.temporal.net.fc.bias.flip(0))
+
+
+TINY = {"num_frames": 4, "size": 32, "patch": 8, "dim": 24, "depth": 2, "heads": 3}
+DECODER = {"decoder_dim": 12, "decoder_depth": 1, "decoder_heads": 3}
+
+
+@pytest.mark.parametrize("probe", ["linear", "attentive"])
+def test_of_a_probe_only_what_has_a_row_for_each_class_is_put_in_order(probe):
+    net = videomae_small(K, **TINY, probe=probe)
+    ours = videomae_small(K, **TINY, probe=probe)
+    assert "order of the data's classes" in fill(ours, checkpoint(net), NAMES[::-1])
+    for name, tensor in net.state_dict().items():
+        found = ours.state_dict()[name]
+        turned = name in ("head.linear.weight", "head.linear.bias")
+        assert torch.equal(found, tensor.flip(0) if turned else tensor), name
+    two = videomae_small(2, **TINY, probe=probe)
+    assert f"its classifier has {K} classes, the data 2" in fill(two, checkpoint(net), None)
+
+
+@pytest.mark.parametrize(
+    ("pretrain", "classifier", "new", "unused"),
+    [
+        (
+            videomae_small_pretrain,
+            videomae_small,
+            "fc_norm, head",
+            "the norm behind its encoder (2)",
+        ),
+        (mae_st_base_pretrain, mae_st_base, "head", "its decoder"),
+    ],
+)
+def test_a_masked_autoencoder_fills_the_classifier_with_its_encoder(
+    pretrain, classifier, new, unused
+):
+    net = pretrain(**TINY, **DECODER)
+    part = checkpoint(net, labels=[])
+    ours = classifier(K, **TINY)
+    before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
+    line = fill(ours, part, NAMES)
+    assert unused in line and "its decoder" in line and line.split("new here: ")[1].startswith(new)
+    taken, filled = dict(net.encoder.state_dict()), ours.state_dict()
+    for name, tensor in filled.items():
+        if name.startswith(("fc_norm.", "head.")):
+            assert torch.equal(tensor, before[name])
+        else:
+            assert torch.equal(tensor, taken[name]) and not torch.equal(tensor, before[name])
+    again = pretrain(**TINY, **DECODER)
+    assert fill(again, part).endswith(f"{len(net.state_dict())} tensors")
+    for other, message in (
+        (classifier(K, **TINY | {"dim": 12}), "is .* there and .*12.* here"),
+        (classifier(K, **TINY | {"depth": 3}), r"nothing for 'blocks\.2\."),
+        (classifier(K, **TINY | {"depth": 1}), r"no place for 'model\.encoder\.blocks\.1\."),
+        (small(), "no place for 'model.encoder"),
+        (pretrain(**TINY, **DECODER | {"decoder_depth": 2}), r"nothing for 'decoder\.blocks\.1"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            fill(other, part)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="does not fit"):
+        fill(again, checkpoint(classifier(K, **TINY)))

@@ -45,8 +45,8 @@ class Checkpoint(ModelCheckpoint):
 
     Args:
         monitor: the metric that decides which epoch is best: the lowest of one named `loss`, the
-            highest of any other; `auto`: val/top1, with many labels val/mAP. Without validation
-            videos the last epoch counts as the best.
+            highest of any other; `auto`: the task's own, val/top1, with many labels val/mAP, in
+            pretraining val/loss. Without validation videos the last epoch counts as the best.
         every_n_steps: save `last.ckpt` this often, besides at the end of each epoch.
 
     Attributes:
@@ -78,7 +78,9 @@ class Checkpoint(ModelCheckpoint):
             if trainer.limit_val_batches == 0 or not data.has_split("val"):
                 self.monitor = None
             elif self.wanted_monitor == "auto":
-                self.monitor = "val/mAP" if data.multi_label else "val/top1"
+                self.monitor = str(pl_module.monitor)
+                if "loss" in self.monitor:
+                    self.mode, self.kth_value = "min", torch.tensor(torch.inf)
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:

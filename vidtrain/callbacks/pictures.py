@@ -59,7 +59,8 @@ class Pictures(L.Callback):
         """Look whether there is a W&B run; rank 0 has it and decides for all."""
         ours = any(isinstance(logger, WandbLogger) for logger in trainer.loggers)
         named = hasattr(trainer.datamodule, "label_names")  # type: ignore[attr-defined]
-        self.on = bool(trainer.strategy.broadcast(ours and named))
+        classes = getattr(pl_module, "uses_labels", True)
+        self.on = bool(trainer.strategy.broadcast(ours and named and classes))
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin anew."""
@@ -170,7 +171,7 @@ class Pictures(L.Callback):
         )
         true = [target[i].item()] if target.ndim == 1 else target[i].nonzero().flatten().tolist()
         truth = ", ".join(f"{names[k]} {scores[i, k]:.2f}" for k in map(int, true) if k >= 0)
-        name = _name(trainer, int(batch["index"][i]))
+        name = name_of(trainer, int(batch["index"][i]))
         return frames.cpu(), f"{name} | is {truth or 'none'} | said {answers}"
 
     def _log(self, trainer: L.Trainer, stage: str) -> None:
@@ -233,7 +234,7 @@ class Pictures(L.Callback):
         ]
 
 
-def _name(trainer: L.Trainer, row: int) -> str:
+def name_of(trainer: L.Trainer, row: int) -> str:
     """Name a video as `predictions.csv` does; a piece of one with its seconds."""
     loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
     rows = getattr(getattr(loaders, "dataset", None), "rows", None)

@@ -215,6 +215,7 @@ def find_network(cfg: DictConfig, console: Console) -> tuple[Any, DictConfig]:
             built.data["num_classes"] = 1  # the data may not know theirs, and nobody asks
         torch.manual_seed(cfg.seed)
         network: Any = build.model(built)
+        refuse_masked(network)
         for part in parts:
             say(fill(network, part))
         network.reset_classifier(0)
@@ -229,9 +230,23 @@ def find_network(cfg: DictConfig, console: Console) -> tuple[Any, DictConfig]:
         ours = list(build.targets(config.resolved(cfg)["data"]))  # the user's own may name anything
         build.check_targets(merged.data, str(path), [*cfg.allow, *ours])
         network = checkpoint.build_task(saved, path, cfg.allow).model
+        refuse_masked(network)
     if "features" in network.inputs:
         raise UserError("the network takes features itself; extract makes features of videos")
     return network, merged
+
+
+def refuse_masked(network: nn.Module) -> None:
+    """Say how to extract what a masked autoencoder's encoder makes.
+
+    Raises:
+        UserError: the network is one.
+    """
+    if hasattr(network, "draw"):
+        raise UserError(
+            f"{type(network).__name__} predicts pixels; for features of its encoder name the classifier"
+            " with the same encoder: model=videomae_base model.weights=CHECKPOINT"
+        )
 
 
 def files_of(name: Any) -> Videos:
@@ -352,7 +367,7 @@ def windows(
     if cfg.input is None:
         dataset: VideoDataset = data.dataset(next(iter(data.manifest.splits)), test_views=True)
         dataset.rows, dataset.every = videos, every
-        dataset.clips, dataset.crops, dataset.how = 1, 1, "random"
+        dataset.clip, dataset.clips, dataset.crops, dataset.how = data.clip, 1, 1, "random"
         return dataset
     return VideoDataset(
         videos,

@@ -19,7 +19,7 @@ from vidtrain.data.collate import collate
 from vidtrain.data.dataset import Files, VideoDataset
 from vidtrain.data.fields import STORED, Flow
 from vidtrain.data.loader import Loader, start_worker
-from vidtrain.data.module import default_workers
+from vidtrain.data.module import check_views, default_workers, tested_clip
 from vidtrain.data.order import EvaluationOrder
 from vidtrain.data.sources import Sources
 from vidtrain.data.transforms.device import DeviceTransform
@@ -57,7 +57,13 @@ def main(cfg: DictConfig) -> int:
     for key in ("short_side", "size", "per_forward"):
         if merged.views[key] is not None:
             check_number(f"views.{key}", merged.views[key], 1)
+    check_views(merged.views)
     task = checkpoint.build_task(saved, path, cfg.allow)
+    if not task.uses_labels:
+        raise UserError(
+            f"{path} was pretrained without labels and knows no classes; train a classifier from it first:"
+            f" vidtrain train model=NAME ckpt={path}"
+        )
     task.views_per_forward = merged.views.per_forward
     task.to(device).eval()
     inputs: tuple[str, ...] = task.model.inputs  # type: ignore[assignment]
@@ -68,6 +74,7 @@ def main(cfg: DictConfig) -> int:
 
     files = find_files(Path(str(cfg.input)).expanduser())
     clip = Clip(**{k: v for k, v in config.resolved(merged)["clip"].items() if k != "_target_"})
+    clip = tested_clip(clip, merged.views)
     facts = config.resolved(merged)["data"]
     dataset = VideoDataset(
         Files(files),
@@ -76,7 +83,7 @@ def main(cfg: DictConfig) -> int:
         crops=merged.views.crops,
         short_side=merged.views.short_side,
         size=merged.views.size,
-        how=facts["sampling"],
+        how=merged.views.get("sampling") or facts["sampling"],
         past_end=facts["past_end"],
         region=facts["region"],
         span=facts["span"],

@@ -254,9 +254,19 @@ def write_report(run_dir: Path, open_path: Opener | None = None) -> Path:
     config = next((path for path in configs if path.is_file()), None)
     text = config.read_text(encoding="utf-8", errors="replace") if config else ""
     page = run_dir / "report.html"
-    text = report_page(report, predictions, curves, text, open_path)
+    pictures = reconstructions(run_dir)
+    text = report_page(report, predictions, curves, text, open_path, pictures)
     page.write_text(text, encoding="utf-8")
     return page
+
+
+def reconstructions(run_dir: Path) -> bytes | None:
+    """Read the picture of what a masked autoencoder made, of the test or else of the last validation."""
+    for stage in ("test", "val"):
+        path = run_dir / f"reconstructions_{stage}.png"
+        if path.is_file():
+            return path.read_bytes()
+    return None
 
 
 def read_report(path: Path) -> dict[str, Any]:

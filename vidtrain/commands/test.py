@@ -212,10 +212,13 @@ def run_test(
         "data_root": data.manifest.root,
         "seconds": round(time.time() - began, 1),
     }
-    if data.multi_label:
+    if data.multi_label and task.uses_labels:
         report["class_ap"] = class_ap(predictions.scores, rows, names)
     if trainer.is_global_zero:
-        write_predictions(run_dir / "predictions.csv", rows, predictions.scores, names)
+        if task.uses_labels:
+            write_predictions(run_dir / "predictions.csv", rows, predictions.scores, names)
+        else:
+            write_losses(run_dir / "losses.csv", rows, predictions.scores)
         write_json(run_dir / "report.json", report)
         by_path = {(row := rows.row(index)).path: row for index in predictions.scores}
 
@@ -230,14 +233,14 @@ def run_test(
 
 def protocol(data: Any, rates: list[float]) -> dict[str, Any]:
     """State how a video was looked at; `fps` is what the model saw, [lowest, highest] of the videos."""
-    clip, views = data.clip, data.views
+    (clip, how), views = data.as_tested(), data.views
     low, high = round(min(rates), 2), round(max(rates), 2)
     size = None if data.has_features else views["size"] or clip.size
     return {
         "contents": data.contents,
         "frames": clip.num_frames,
         "stride": clip.stride,
-        "sampling": data.sampling,
+        "sampling": how,
         "clips": views["clips"],
         "crops": views["crops"],
         "size": size,
@@ -280,6 +283,15 @@ def write_predictions(
             writer.writerow([row.path, label, *cells])
 
 
+def write_losses(path: Path, rows: Any, scores: dict[int, torch.Tensor]) -> None:
+    """Write one row per scored video of a task without labels: its loss, the highest first."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "loss"])
+        for index in sorted(scores, key=lambda index: (-scores[index].item(), index)):
+            writer.writerow([rows.row(index).path, f"{scores[index].item():.6f}"])
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file whole or not at all."""
     part = path.with_suffix(".part")
@@ -291,9 +303,11 @@ def print_report(console: Console, report: dict[str, Any]) -> None:
     """Print the scores with what they rest on."""
     shape, videos = report["protocol"], report["videos"]
     is_video = shape["contents"] == "videos"
+    is_spread = shape["sampling"] == "segments"
+    apart = "over the whole video" if is_spread else f"x {shape['stride']}"
     console.print(
         f"{report['model']} on {report['data']}, {report['split']} split: {shape['frames']}"
-        f" {'frames' if is_video else 'features'} x {shape['stride']}, {shape['clips']} clips"
+        f" {'frames' if is_video else 'features'} {apart}, {shape['clips']} clips"
         + (f" x {shape['crops']} crops of {shape['size']}" if is_video else ""),
         highlight=False,
     )

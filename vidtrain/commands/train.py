@@ -54,13 +54,13 @@ def main(cfg: DictConfig) -> float | int | None:
         with open_dict(cfg):
             cfg.data.num_classes = len(data.label_names)
     tell(console, data)
-    data.labelled("train")
-    if cfg.test:
-        data.test_split = data.labelled(cfg.split)
-
     network: Any = build.model(cfg)
     data.feed(network.inputs)
     task = build.task(cfg, network)
+    check_split = data.labelled if task.uses_labels else data.split_of
+    check_split("train")
+    if cfg.test:
+        data.test_split = check_split(cfg.split)
     name = config.choices().get("model", cfg.model._target_)
     task.description = checkpoint.describe(
         cfg, name, data.label_names, data.manifest.fingerprint, command()

@@ -23,7 +23,7 @@ TOLERANCE = 0.5  # points, where a recipe names none
 # What a score depends on besides the weights. Mean and deviation of the frames are left out: they
 # belong to the weights that a training began from.
 CLIP = ("num_frames", "stride", "size", "fps")
-VIEWS = ("clips", "crops", "short_side", "size")
+VIEWS = ("clips", "crops", "num_frames", "sampling", "short_side", "size")
 DATA = (
     "name", "fold", "sampling", "past_end", "region", "span", "multi_label", "split_seed",
     "test_fraction", "flow", "flow_method", "flow_bound", "flow_direction", "flow_mean",

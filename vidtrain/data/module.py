@@ -7,7 +7,8 @@ import json
 import math
 import multiprocessing as mp
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,7 @@ class VideoDataModule(L.LightningDataModule):
         memory = views["memory"]
         if not isinstance(memory, int) or isinstance(memory, bool) or memory < 0:
             raise UserError(f"views.memory is {memory!r}; it must be a whole number of MiB")
+        check_views(views)
         check_decoder(decoder)
         check_choice("cache", cache, ("none", "ram", "disk"))
         check_choice("shuffle", shuffle, (True, False))
@@ -379,16 +381,17 @@ class VideoDataModule(L.LightningDataModule):
     ) -> VideoDataset:
         """Make the dataset of a split: random clips for training, else one view or the test views."""
         views = self.views if test_views else {"clips": 1, "crops": 1}
+        clip, how = self.as_tested() if test_views else (self.clip, self.sampling)
         kind = FeatureDataset if self.has_features else VideoDataset
         return kind(
             Split(self.manifest, split),
-            self.clip,
+            clip,
             augment=self.augment if training else None,
             clips=views["clips"],
             crops=views["crops"],
             short_side=None if training else self.views["short_side"],
             size=None if training else self.views["size"],
-            how=self.sampling,
+            how=how,
             past_end=self.past_end,  # type: ignore[arg-type]
             region=self.region,
             span=self.span,
@@ -401,6 +404,10 @@ class VideoDataModule(L.LightningDataModule):
             spill=self.cache_dir / "spill",
             spill_above=self.views["memory"] << 20,
         )
+
+    def as_tested(self) -> tuple[Clip, str]:
+        """Give the clip and the sampling of a test: training's, but for what `views` says otherwise."""
+        return tested_clip(self.clip, self.views), self.views.get("sampling") or self.sampling
 
     @property
     def sources(self) -> Sources:
@@ -444,9 +451,10 @@ class VideoDataModule(L.LightningDataModule):
     def cached_short_side(self) -> int:
         """Say how large cached frames must be: as large as the largest crop is taken from.
 
-        Crops of a random area are taken from 8/7 of the crop's size, 256 for 224, as is the custom.
+        Crops of a random area or of random sides are taken from 8/7 of the crop's size, 256 for 224, as is the custom.
         """
-        widest = 8 / 7 if self.augment.area is not None else (self.augment.scale or (1, 1))[1]
+        drawn = self.augment.area is not None or self.augment.sides is not None
+        widest = 8 / 7 if drawn else (self.augment.scale or (1, 1))[1]
         side = max(self.clip.size * widest, self.views["short_side"] or self.views["size"] or 0)
         return math.ceil(side / min(self.region[2:]) if self.region is not None else side)
 
@@ -610,6 +618,25 @@ def check_numbers(*settings: tuple[str, Any, int]) -> None:
     for key, value, least in settings:
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise UserError(f"data.{key} is {value!r}; it must be a whole number, at least {least}")
+
+
+def tested_clip(clip: Clip, views: Mapping[str, Any]) -> Clip:
+    """Give the clip of a test, which may have another number of frames."""
+    frames = views.get("num_frames")  # checkpoints of earlier versions do not have it
+    return clip if frames is None else replace(clip, num_frames=frames)
+
+
+def check_views(views: Mapping[str, Any]) -> None:
+    """Refuse frames of a test that nobody could choose."""
+    frames, how = views.get("num_frames"), views.get("sampling")
+    if frames is not None and (
+        not isinstance(frames, int) or isinstance(frames, bool) or frames < 1
+    ):
+        raise UserError(
+            f"views.num_frames is {frames!r}; it must be a whole number, at least 1, or null"
+        )
+    if how not in (None, "random", "segments"):
+        raise UserError(f"views.sampling is {how!r}; it is random, segments or null")
 
 
 def check_choice(key: str, value: Any, choices: Sequence[Any]) -> None:

@@ -17,6 +17,10 @@ linear layer. Of the attention's biases the keys have none.
     huge          32   1280      16   5120      16
     giant         40   1408      16   6144      14
 
+With `probe` another classifier takes the linear layer's place, to measure what pretraining gave (see
+layers/attentive.py): `linear` puts a batch norm before it, `attentive` a learned query that looks at all
+tokens, each normed by `fc_norm`.
+
 Submodules: `patch_embed.proj`; `blocks.N` with `norm1` `attn.qkv` `attn.q_bias` `attn.v_bias` `attn.proj`
 `norm2` `mlp.fc1` `mlp.fc2`; `fc_norm`; `head`.
 
@@ -34,14 +38,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vidtrain.layers.attention import EPS, Block, init_linear
-from vidtrain.layers.drop_path import path_rates
-from vidtrain.layers.patch import PatchEmbed, grid_of, resize_table, sincos_table
+from vidtrain.layers.attention import EPS, init_linear
+from vidtrain.layers.attentive import check_probe, make_probe, pooled
+from vidtrain.layers.tubelets import TubeletEncoder
 
 HEAD_SCALE = 0.001  # of the classifier's first weights, as in the paper's recipes
 
 
-class VideoMAE(nn.Module):
+class VideoMAE(TubeletEncoder):
     """A transformer over the tubelets of a clip.
 
     Args:
@@ -56,13 +60,14 @@ class VideoMAE(nn.Module):
         hidden: Width of the MLPs; None for 4 D.
         dropout: Before the classifier.
         drop_path: Share of clips that skip a branch of the last block in training; of earlier ones fewer.
+        probe: `linear` or `attentive`, see layers/attentive.py; None for the paper's classifier.
 
     Raises:
-        UserError: tubelets do not fill the clip, heads do not divide D, or `drop_path` is no share.
+        UserError: tubelets do not fill the clip, heads do not divide D, `drop_path` is no share, or there
+            is no such probe.
     """
 
-    inputs = ("video",)
-    positions: Tensor
+    readout = ("fc_norm",)  # new with the classifier: pretraining does not fill it
 
     def __init__(
         self,
@@ -77,39 +82,25 @@ class VideoMAE(nn.Module):
         hidden: int | None = None,
         dropout: float = 0.0,
         drop_path: float = 0.0,
+        probe: str | None = None,
     ) -> None:
-        super().__init__()
-        self.num_features = dim
-        box = (tubelet, patch, patch)
-        self.grid = grid_of((num_frames, size, size), box)
-        self.patch_embed = PatchEmbed(dim, box)
-        table = sincos_table(self.grid[0] * self.grid[1] * self.grid[2], dim)
-        self.register_buffer("positions", table, persistent=False)
-        self.blocks = nn.ModuleList(
-            Block(dim, heads, hidden or 4 * dim, key_bias=False, drop=rate)
-            for rate in path_rates(drop_path, depth)
-        )
+        check_probe(probe)
+        super().__init__(num_frames, size, patch, tubelet, dim, depth, heads, hidden, drop_path)
+        self.probe, self.heads = probe, heads
         self.fc_norm = nn.LayerNorm(dim, eps=EPS)
         self.dropout = nn.Dropout(dropout)
         init_linear(self)
         self.reset_classifier(num_classes)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(B, 3, T, H, W) -> (B, D, t, h, w): the tokens behind the last block."""
-        x = self.patch_embed(x)
-        grid = x.shape[1:4]
-        x = x.flatten(1, 3) + resize_table(self.positions, self.grid, grid, "trilinear")
-        for block in self.blocks:
-            x = block(x)
-        return x.unflatten(1, grid).permute(0, 4, 1, 2, 3)
-
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> (B, K)."""
-        mean = self.forward_features(x).mean((2, 3, 4))
-        return self.head(self.dropout(self.fc_norm(mean)))
+        return self.head(self.dropout(self.fc_norm(pooled(self.tokens(x), self.head))))
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace the linear layer; 0 takes it away."""
+        """Replace the linear layer, or the probe; 0 takes it away."""
+        if self.probe is not None:
+            self.head = make_probe(self.probe, self.num_features, self.heads, num_classes)
+            return
         made = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         init_linear(made)
         if isinstance(made, nn.Linear):
@@ -129,6 +120,7 @@ def videomae_small(
     heads: int = 6,
     dropout: float = 0.0,
     drop_path: float = 0.1,
+    probe: str | None = None,
 ) -> VideoMAE:
     """Build the ViT-S encoder."""
     return VideoMAE(
@@ -142,6 +134,7 @@ def videomae_small(
         heads,
         dropout=dropout,
         drop_path=drop_path,
+        probe=probe,
     )
 
 
@@ -156,10 +149,21 @@ def videomae_base(
     heads: int = 12,
     dropout: float = 0.0,
     drop_path: float = 0.1,
+    probe: str | None = None,
 ) -> VideoMAE:
     """Build the ViT-B encoder."""
     return videomae_small(
-        num_classes, num_frames, size, patch, tubelet, dim, depth, heads, dropout, drop_path
+        num_classes,
+        num_frames,
+        size,
+        patch,
+        tubelet,
+        dim,
+        depth,
+        heads,
+        dropout,
+        drop_path,
+        probe,
     )
 
 
@@ -174,10 +178,21 @@ def videomae_large(
     heads: int = 16,
     dropout: float = 0.0,
     drop_path: float = 0.1,
+    probe: str | None = None,
 ) -> VideoMAE:
     """Build the ViT-L encoder."""
     return videomae_small(
-        num_classes, num_frames, size, patch, tubelet, dim, depth, heads, dropout, drop_path
+        num_classes,
+        num_frames,
+        size,
+        patch,
+        tubelet,
+        dim,
+        depth,
+        heads,
+        dropout,
+        drop_path,
+        probe,
     )
 
 
@@ -192,10 +207,21 @@ def videomae_huge(
     heads: int = 16,
     dropout: float = 0.5,
     drop_path: float = 0.2,
+    probe: str | None = None,
 ) -> VideoMAE:
     """Build the ViT-H encoder."""
     return videomae_small(
-        num_classes, num_frames, size, patch, tubelet, dim, depth, heads, dropout, drop_path
+        num_classes,
+        num_frames,
+        size,
+        patch,
+        tubelet,
+        dim,
+        depth,
+        heads,
+        dropout,
+        drop_path,
+        probe,
     )
 
 
@@ -211,6 +237,7 @@ def videomae_giant(
     hidden: int = 6144,
     dropout: float = 0.0,
     drop_path: float = 0.2,
+    probe: str | None = None,
 ) -> VideoMAE:
     """Build the ViT-g encoder of VideoMAE V2, whose patches have 14 pixels and whose MLPs 48 / 11 D."""
     return VideoMAE(
@@ -225,4 +252,5 @@ def videomae_giant(
         hidden,
         dropout=dropout,
         drop_path=drop_path,
+        probe=probe,
     )

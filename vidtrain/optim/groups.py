@@ -1,7 +1,8 @@
 """Which parameters get which treatment: weight decay, a learning rate of their own, or none at all.
 
 Parameters are chosen by patterns. A pattern is the dotted name of a submodule (`layer4`, `head.proj`)
-or of a parameter, or has wildcards for either, as in a shell: `layer[34]`, `*.norm`, `*`.
+or of a parameter, or has wildcards for either, as in a shell: `layer[34]`, `*.norm`, `*`. The word `backbone`
+chooses all but the classifier, in every network.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from typing import Any
 from torch import nn
 
 from vidtrain.layers.blocks import block_of
-from vidtrain.layers.head import head_names
+from vidtrain.layers.head import backbone_names, head_names
 from vidtrain.types import UserError
+
+BACKBONE = "backbone"
 
 
 def chosen(module: nn.Module, pattern: str, key: str) -> list[str]:
-    """List the parameters that a pattern chooses: those of its name and all below.
+    """List the parameters that a pattern chooses: those of its name and all below, or the backbone's.
 
     Args:
         module: whose parameters they are.
@@ -28,7 +31,12 @@ def chosen(module: nn.Module, pattern: str, key: str) -> list[str]:
     Raises:
         UserError: nothing has such a name; the message lists the names there are.
     """
-    found = [name for name, _ in module.named_parameters() if covers(pattern, name)]
+    backbone = backbone_names(module) if pattern == BACKBONE else set()
+    found = [
+        name
+        for name, _ in module.named_parameters()
+        if (name in backbone if backbone else covers(pattern, name))
+    ]
     if not found:
         names = ", ".join(name for name, child in module.named_children() if _holds(child))
         own = ", ".join(name for name, _ in module.named_parameters(recurse=False))
@@ -60,7 +68,8 @@ def freeze(module: nn.Module, patterns: str | Sequence[str] | None) -> tuple[str
     Returns:
         Names of the modules all of whose parameters are frozen and that a pattern chose, outermost
         only. They are to stay in eval mode, so that neither batch norm's statistics nor dropout
-        change what they compute.
+        change what they compute. Nothing of them is kept for a backward pass where all before them
+        is frozen too.
 
     Raises:
         UserError: a pattern that chooses nothing, or nothing is left to train.
@@ -72,14 +81,25 @@ def freeze(module: nn.Module, patterns: str | Sequence[str] | None) -> tuple[str
         raise UserError(f"freeze={', '.join(wanted)} leaves nothing to train")
     for name in frozen:
         parameters[name].requires_grad = False
+    backbone = backbone_names(module) if BACKBONE in wanted else set()
+    named = [pattern for pattern in wanted if not (backbone and pattern == BACKBONE)]
     still: list[str] = []
     for name, child in module.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in still)
-        if not name or inside or not any(covers(pattern, name) for pattern in wanted):
+        if not name or any(name.startswith(f"{outer}.") for outer in still):
             continue
-        if all(f"{name}.{below}" in frozen for below, _ in child.named_parameters()):
+        tensors = {f"{name}.{below}" for below in _tensors(child)}
+        if (tensors and tensors <= backbone) or (
+            any(covers(pattern, name) for pattern in named)
+            and all(f"{name}.{below}" in frozen for below, _ in child.named_parameters())
+        ):
             still.append(name)
     return tuple(still)
+
+
+def _tensors(module: nn.Module) -> list[str]:
+    """Name a module's parameters and buffers."""
+    names = [name for name, _ in module.named_parameters()]
+    return names + [name for name, _ in module.named_buffers()]
 
 
 def listed(patterns: str | Sequence[str] | None, key: str) -> list[str]:

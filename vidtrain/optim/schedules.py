@@ -41,11 +41,12 @@ def rate(
     milestones: Sequence[float],
     gamma: float,
     warmup_from: float = 0.0,
+    floor: float = 0.0,
 ) -> float:
     """Give the learning rate of a step, as a multiple of the base rate.
 
     Linear warm-up, from `warmup_from` of the base rate, over the first `warmup` share of all steps,
-    then `cosine` down to 0, `step` (times `gamma` at each milestone, shares of all steps) or
+    then `cosine` down to `floor`, `step` (times `gamma` at each milestone, shares of all steps) or
     `constant`.
     """
     done = step / max(1, total)
@@ -57,7 +58,8 @@ def rate(
     if schedule == "step":
         return gamma ** sum(done >= milestone for milestone in milestones)
     if schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (done - warmup) / (1 - warmup))))
+        fallen = 0.5 * (1 + math.cos(math.pi * min(1.0, (done - warmup) / (1 - warmup))))
+        return floor + (1 - floor) * fallen
     raise UserError(f"optim.schedule is '{schedule}'; it is cosine, step, one_cycle or constant")
 
 
@@ -76,6 +78,7 @@ def with_schedule(
     milestones: Sequence[float] = (),
     gamma: float = 0.1,
     warmup_from: float = 0.0,
+    floor: float = 0.0,
     pace: Pace | None = None,
 ) -> dict[str, Any]:
     """Pair an optimizer with its schedule, stepped after every optimizer step.
@@ -86,6 +89,12 @@ def with_schedule(
         raise UserError(f"optim.warmup is {warmup}; it is a share of all steps, from 0 to below 1")
     if not 0 <= warmup_from <= 1:
         raise UserError(f"optim.warmup_from is {warmup_from}; it is a share of lr, from 0 to 1")
+    if not 0 <= floor <= 1:
+        raise UserError(f"optim.floor is {floor}; it is a share of lr, from 0 to 1")
+    if floor and schedule != "cosine":
+        raise UserError(
+            f"optim.floor is where a cosine ends; schedule={schedule} has none: set it to 0"
+        )
     if schedule == "one_cycle":
         assert pace is None, "build.multigrid_plan refuses it"
         return {
@@ -94,11 +103,11 @@ def with_schedule(
         }
     rate(0, total, schedule, 0.0, milestones, gamma)  # refuse a wrong name before the first step
     factor: Callable[[int], float] = lambda step: rate(  # noqa: E731
-        step, total, schedule, warmup, milestones, gamma, warmup_from
+        step, total, schedule, warmup, milestones, gamma, warmup_from, floor
     )
     if pace is not None:
         factor = lambda step: paced(  # noqa: E731
-            step, pace, schedule, warmup, milestones, gamma, warmup_from
+            step, pace, schedule, warmup, milestones, gamma, warmup_from, floor
         )
     return {
         "optimizer": optimizer,

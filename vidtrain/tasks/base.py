@@ -31,7 +31,7 @@ class StepOutput(NamedTuple):
     target: Tensor  # (B,) or (B, K)
 
 
-def _pieces(views: Tensor | Views, size: int | None) -> Iterator[Tensor]:
+def pieces(views: Tensor | Views, size: int | None) -> Iterator[Tensor]:
     """Yield the views of one video after another, `size` at a time: `(n, ...)`."""
     if isinstance(views, Views):
         yield from views.pieces(size)
@@ -47,8 +47,12 @@ class VideoTask(L.LightningModule):
         description: what a checkpoint says of itself; written by the verb that trains.
         views_per_forward: how many views go through the network at once; None: all of a batch.
         frozen: submodules of the network that stay as they are, in eval mode.
+        uses_labels: whether videos must have labels; scores are then those of classes.
+        monitor: what the best epoch is chosen by, where nobody says otherwise.
     """
 
+    uses_labels = True
+    monitor = "val/loss"
     model: nn.Module
     optimizer: Callable[..., dict[str, Any]]  # of a network and a number of steps
 
@@ -68,6 +72,18 @@ class VideoTask(L.LightningModule):
         for name in self.frozen:
             self.model.get_submodule(name).eval()
         return self
+
+    def check_model(self) -> None:
+        """Refuse a network that is made for another task.
+
+        Raises:
+            UserError: it is a masked autoencoder.
+        """
+        if hasattr(self.model, "draw"):
+            raise UserError(
+                f"{type(self.model).__name__} is a masked autoencoder and knows no classes; leave out"
+                " task=, which its model file sets, or choose a model whose name does not end in _pretrain"
+            )
 
     def step(self, batch: dict[str, Any]) -> StepOutput:
         """Run the network on a batch and compare with the target."""
@@ -96,7 +112,7 @@ class VideoTask(L.LightningModule):
         if any(isinstance(one, Views) for one in inputs):
             if size is None and len(inputs) > 1:  # each would choose by its own size
                 size = max(1, PIECE // sum(4 * math.prod(one.shape[2:]) for one in inputs))
-            parts = zip(*(_pieces(one, size) for one in inputs), strict=True)
+            parts = zip(*(pieces(one, size) for one in inputs), strict=True)
         else:
             flat = [one.flatten(0, 1) for one in inputs]  # (B·V, C, T, H, W)
             if size is None:

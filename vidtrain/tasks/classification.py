@@ -53,6 +53,7 @@ class Classification(VideoTask):
         if class_weights is not None and multi_label:
             raise UserError("task.class_weights is for one label a video; set it to null")
         super().__init__()
+        self.monitor = "val/mAP" if multi_label else "val/top1"
         self.balanced = class_weights == "balanced"
         weight = None
         if class_weights is not None and not self.balanced:

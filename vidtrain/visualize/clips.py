@@ -134,7 +134,7 @@ def _block(frames: np.ndarray, caption: str, width: int) -> Image.Image:
     text = [(line, 18, INK) for line in _wrapped(first, 18, width)]
     text += [(line, 15, GREY) for part in rest for line in _wrapped(part, 15, width)]
     text_height = sum(size + 7 for _, size, _ in text) + 4
-    text_width = max(int(_font(size).getlength(line)) + 1 for line, size, _ in text)
+    text_width = max(int(font(size).getlength(line)) + 1 for line, size, _ in text)
 
     across = per_line * (frame_width + GAP) - GAP
     block = Image.new(
@@ -143,7 +143,7 @@ def _block(frames: np.ndarray, caption: str, width: int) -> Image.Image:
     draw = ImageDraw.Draw(block)
     top = 0
     for line, size, colour in text:
-        draw.text((0, top), line, fill=colour, font=_font(size))
+        draw.text((0, top), line, fill=colour, font=font(size))
         top += size + 7
     for i, frame in enumerate(frames):
         line, column = divmod(i, per_line)
@@ -154,16 +154,16 @@ def _block(frames: np.ndarray, caption: str, width: int) -> Image.Image:
 
 def _wrapped(text: str, size: int, width: int) -> list[str]:
     """Break a line of text at spaces, and a word longer than the line wherever it must."""
-    font, lines, line = _font(size), [], ""
+    face, lines, line = font(size), [], ""
     for word in text.split():
-        if line and font.getlength(f"{line} {word}") > width:
+        if line and face.getlength(f"{line} {word}") > width:
             lines.append(line)
             line = ""
         line = f"{line} {word}".strip()
-        while font.getlength(line) > width and len(line) > 1:
-            guess = int(len(line) * width / font.getlength(line)) + 8
+        while face.getlength(line) > width and len(line) > 1:
+            guess = int(len(line) * width / face.getlength(line)) + 8
             fits = min(guess, len(line) - 1)
-            while fits > 1 and font.getlength(line[:fits]) > width:
+            while fits > 1 and face.getlength(line[:fits]) > width:
                 fits -= 1
             lines.append(line[:fits])
             line = line[fits:]
@@ -171,6 +171,6 @@ def _wrapped(text: str, size: int, width: int) -> list[str]:
 
 
 @lru_cache
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """Take the face that Pillow brings: no font need be installed."""
     return ImageFont.load_default(size=size)

@@ -64,6 +64,7 @@ def report_page(
     curves: Mapping[str, Sequence[Point]],
     config: str,
     open_path: Opener | None = None,
+    reconstructions: bytes | None = None,
 ) -> str:
     """Lay out the whole page.
 
@@ -73,6 +74,7 @@ def report_page(
         curves: the points of each metric logged in training, in order of step.
         config: the resolved config, as YAML.
         open_path: opens a prediction's video; None: from its file.
+        reconstructions: a PNG of what a masked autoencoder made of some videos.
     """
     known = [p for p in predictions if p.labels]
     names = _class_names(report, known)
@@ -84,6 +86,7 @@ def report_page(
     sections = [
         _failed(report),
         _protocol(report),
+        reconstruction_section(reconstructions),
         _curves(curves),
         *classes,
         _worst(report, known, open_path),
@@ -230,7 +233,10 @@ def _protocol(report: Mapping[str, Any]) -> str:
     size = p["size"]
     side = protocol.get("short_side") or size
     rows = [
-        ("Clip", f"{_many(p['frames'], _unit(protocol))}, {_ordinal(p['stride'])}"),
+        (
+            "Clip",
+            f"{_many(p['frames'], _unit(protocol))}, {_spread(protocol) or _ordinal(p['stride'])}",
+        ),
         ("Effective rate", _rate(protocol.get("fps")) or "each video's own"),
         ("Clips per video", p["clips"]),
         ("Crops per clip", p["crops"]),
@@ -269,7 +275,7 @@ def _in_words(protocol: Mapping[str, Any]) -> str:
             f"{_many(crops, 'crop')} of each; the scores of these views are averaged."
         )
     rate = _rate(protocol.get("fps"))
-    apart = "consecutive" if stride == 1 else f"{stride} apart"
+    apart = _spread(protocol) or ("consecutive" if stride == 1 else f"{stride} apart")
     clip = f"A clip is {_many(frames, _unit(protocol))}" + (f", {apart}" if frames != 1 else "")
     clip += f" ({rate})" if rate and frames != 1 else ""
     if size is None:
@@ -493,6 +499,20 @@ def _worst(
     )
 
 
+def reconstruction_section(picture: bytes | None) -> str:
+    """Show what a masked autoencoder made of hidden parts; nothing where there is no picture."""
+    if picture is None:
+        return ""
+    lead = (
+        "Of each video: the clip; what the network saw of it; what it predicted of the rest, in the mean and contrast"
+        " that each hidden box had; and that mean alone, which the network has no part in."
+    )
+    image = (
+        f"<img src='{_data_uri(picture, 'image/png')}' alt='original, seen and predicted frames'>"
+    )
+    return _section("Reconstructions", lead, f"<div class='scroll'>{image}</div>")
+
+
 def _card(report: Mapping[str, Any], p: Prediction, open_path: Opener | None) -> str:
     from vidtrain.data.decode import open_video
 
@@ -643,6 +663,11 @@ def _many(count: Any, noun: str) -> str:
 def _ordinal(stride: Any) -> str:
     """Write which frames are taken: consecutive, every 2nd, every 3rd, every 4th."""
     return {1: "consecutive", 2: "every 2nd", 3: "every 3rd"}.get(stride, f"every {stride}th")
+
+
+def _spread(protocol: Mapping[str, Any]) -> str:
+    """Say that frames come from all stretches of a video, whatever the stride; else nothing."""
+    return "spread over the whole video" if protocol.get("sampling") == "segments" else ""
 
 
 def _rate(fps: Any) -> str:

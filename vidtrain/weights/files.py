@@ -6,6 +6,7 @@ values are read.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import fcntl
 import hashlib
@@ -32,7 +33,9 @@ from vidtrain.weights.layout import File
 TIMEOUT = 30  # seconds without a byte from the server
 PIECE = 1 << 20  # bytes
 # What the makers of files call the part that holds the tensors.
-INSIDE = ("model_state", "state_dict", "model_state_dict", "model", "net")
+INSIDE = ("model_state", "state_dict", "model_state_dict", "model", "module", "net")
+# Beside the tensors lie a program's arguments: names and values, nothing that runs.
+PLAIN: list[Any] = [argparse.Namespace]
 WRAPPERS = ("module.", "_orig_mod.")  # that torch puts before all keys
 
 
@@ -144,14 +147,17 @@ def checksum(path: Path) -> str:
 def read(path: Path) -> File:
     """Read a file's tensors to the CPU, without running anything that is in it.
 
-    Its maker's wrapping comes off: the entry that holds the tensors, and a prefix of all keys.
+    Its maker's wrapping comes off: the entry that holds the tensors, and a prefix of all keys. A file
+    whose name ends in `.safetensors` has neither.
 
     Raises:
         UserError: it cannot be read, holds Python objects, or no tensors.
     """
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
     try:
         mapped = zipfile.is_zipfile(path)  # older files cannot be mapped
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(PLAIN):
             warnings.simplefilter("ignore")  # that other makers' files are of another protocol
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
@@ -167,6 +173,19 @@ def read(path: Path) -> File:
     if not tensors:
         raise UserError(f"{path} holds no tensors by name; save a state dict with torch.save")
     return File(path, tensors, extra)
+
+
+def _read_safetensors(path: Path) -> File:
+    from safetensors.torch import load_file
+
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except Exception as error:  # of its own kind, or the system's
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} is no whole file of safetensors ({reason})") from None
+    if not tensors:
+        raise UserError(f"{path} holds no tensors")
+    return File(path, tensors)
 
 
 def unwrap(content: Any) -> tuple[dict[str, Tensor], Mapping[str, Any]]:

@@ -84,6 +84,8 @@ GOOGLENET: Rules = (
     ),
     (r"fc", "logits.conv3d"),
 )
+# torchvision's files of vision transformers are older than its names of their layers.
+OLDER: Rules = ((r"(.+\.mlp)\.linear_1", r"\1.0"), (r"(.+\.mlp)\.linear_2", r"\1.3"))
 # What a family is inflated from: torchvision's names of such networks, and the renaming.
 INFLATED: dict[str, tuple[str, Rules]] = {
     "slow": ("resnet50", RESNET),
@@ -103,7 +105,9 @@ def facts(file: File) -> Facts:
     """ImageNet's colours; GoogLeNet's and Inception's weights take values from -1 to 1."""
     scaled = any(key.startswith(("inception3a.", "Mixed_5b.")) for key in file.tensors)
     mean, std = ((0.5, 0.5, 0.5),) * 2 if scaled else (MEAN, STD)
-    return Facts(mean, std, labels=imagenet_labels(rows(file, "fc", "classifier", "head")))
+    return Facts(
+        mean, std, labels=imagenet_labels(rows(file, "fc", "classifier", "heads.head", "head"))
+    )
 
 
 def imagenet_labels(classes: int | None) -> list[str] | None:
@@ -143,7 +147,7 @@ def rename(file: File, network: nn.Module, at: str) -> Renamed:
     made = Renamed()
     for prefix, part in found:
         inflated = family(part) in INFLATED
-        one = rename_by(INFLATED[family(part)][1] if inflated else (), file)
+        one = rename_by(INFLATED[family(part)][1] if inflated else OLDER, file)
         own = part.state_dict()
         first = _first_kernel(part)
         for name, tensor in one.tensors.items():

@@ -36,8 +36,16 @@ def inflate_kernel(kernel: Tensor, extent: int, how: str = "average") -> Tensor:
         raise UserError(f"inflate: how is '{how}'; it must be average or centre")
     if how == "average":
         return (kernel / extent).unsqueeze(2).repeat(1, 1, extent, 1, 1)
-    inflated = kernel.new_zeros(*kernel.shape[:2], extent, *kernel.shape[2:])
-    inflated[:, :, extent // 2] = kernel
+    return central_frame(kernel, extent)
+
+
+def central_frame(kernel: Tensor, frames: int) -> Tensor:
+    """Put a 2D kernel on the frame `frames // 2` of a 3D one: (D, C, h, w) -> (D, C, frames, h, w).
+
+    The others are zeros: of two frames the second is seen (Arnab et al. 2021, section 3.4).
+    """
+    inflated = kernel.new_zeros(*kernel.shape[:2], frames, *kernel.shape[2:])
+    inflated[:, :, frames // 2] = kernel
     return inflated
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vidtrain.types import UserError
@@ -56,12 +57,23 @@ class Renamed:
         origin: which tensor of the file each of them is.
         dropped: tensors of the file that no network here has a place for, by what they are.
         new: patterns (regular expressions) of parts of the network that the source does not have.
+        notes: what was done to tensors besides, in words for the user.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     origin: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     new: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)
+
+    def move(self, name: str, to: str) -> None:
+        """Give a tensor another name here."""
+        self.tensors[to], self.origin[to] = self.tensors.pop(name), self.origin.pop(name)
+
+    def drop(self, name: str, what: str) -> None:
+        """Leave a tensor out, and say what it is."""
+        del self.tensors[name]
+        self.dropped[self.origin.pop(name)] = what
 
 
 @dataclass(frozen=True)
@@ -90,21 +102,75 @@ def family(network: nn.Module) -> str:
 def rename_by(rules: Rules, file: File) -> Renamed:
     """Give tensors the names that the first fitting rule makes of their module's path.
 
-    A tensor that no rule fits keeps its name, so that whoever fills the network finds no place for
-    it and names it.
+    A tensor that is no layer's weight, bias or statistic (a class token) has a path of its own. One that
+    no rule fits keeps its name, so that whoever fills the network finds no place for it and names it.
     """
     compiled = [(re.compile(pattern), to) for pattern, to in rules]
     renamed = Renamed()
     for key, tensor in file.tensors.items():
-        module, _, leaf = key.rpartition(".")
-        name = key
-        if leaf in LEAVES:
-            for pattern, to in compiled:
-                if match := pattern.fullmatch(module):
-                    name = f"{match.expand(to)}.{leaf}"
-                    break
+        path, dot, leaf = key.rpartition(".")
+        if leaf not in LEAVES:
+            path, dot, leaf = key, "", ""
+        for pattern, to in compiled:
+            if match := pattern.fullmatch(path):
+                path = match.expand(to)
+                break
+        name = path + dot + leaf
         renamed.tensors[name], renamed.origin[name] = tensor, key
     return renamed
+
+
+def join_qkv(renamed: Renamed, key_bias: bool) -> None:
+    """Put queries, keys and values into one: `attn.q`, `attn.k` and `attn.v` become `attn.qkv`.
+
+    What lacks one of the three stays as it is.
+
+    Args:
+        renamed: is changed.
+        key_bias: whether keys have a bias here. Where they have none, the others are `q_bias` and
+            `v_bias`, and a file's is dropped: it adds one number to all scores of a query.
+    """
+    for name in [name for name in renamed.tensors if name.endswith(".q.weight")]:
+        place = name.removesuffix("q.weight")
+        _join(renamed, place, "weight")
+        if key_bias:
+            _join(renamed, place, "bias")
+            continue
+        for part in "qv":
+            if f"{place}{part}.bias" in renamed.tensors:
+                renamed.move(f"{place}{part}.bias", f"{place}{part}_bias")
+        if f"{place}k.bias" in renamed.tensors:
+            renamed.drop(f"{place}k.bias", "biases of keys, which change nothing")
+
+
+def _join(renamed: Renamed, place: str, leaf: str) -> None:
+    names = [f"{place}{part}.{leaf}" for part in "qkv"]
+    if not all(name in renamed.tensors for name in names):
+        return
+    renamed.origin[f"{place}qkv.{leaf}"] = renamed.origin[names[0]]
+    renamed.tensors[f"{place}qkv.{leaf}"] = torch.cat([renamed.tensors[name] for name in names])
+    for name in names:
+        del renamed.tensors[name], renamed.origin[name]
+
+
+def encoder_alone(renamed: Renamed, network: nn.Module) -> None:
+    """Put the encoder of a pretraining network into the classifier with the same blocks.
+
+    What is `encoder.X` there is `X` here. All else is its decoder's, and is left out. So is a norm behind
+    the encoder, where the classifier has one behind the mean of the tokens, `fc_norm`: that is new.
+    """
+    own = network.state_dict()
+    if any(name.startswith("encoder.") for name in own):
+        return
+    for name in list(renamed.tensors):
+        inner = name.removeprefix("encoder.")
+        if inner == name:
+            renamed.drop(name, "its decoder")
+        elif inner in ("norm.weight", "norm.bias") and inner not in own:
+            renamed.drop(name, "the norm behind its encoder")
+        else:
+            renamed.move(name, inner)
+    renamed.new = (*renamed.new, r"fc_norm\..*")
 
 
 def nested(place: str, to: str, rules: Rules) -> list[tuple[str, str]]:

@@ -22,33 +22,44 @@ import torch
 import torchvision.models as tv
 from torch import Tensor, nn
 
-from vidtrain.layers.head import head_names
+from vidtrain.layers.head import head_names, row_names
 from vidtrain.types import UserError
 from vidtrain.weights import (
     caffe_c3d,
+    huggingface,
     image,
+    mae_st,
     mmaction2,
     own,
     pyslowfast,
     pytorch_i3d,
     pytorchvideo,
+    timesformer,
     torchvision,
+    videomae,
+    vit,
 )
 from vidtrain.weights.files import fetch, parse_url, read
 from vidtrain.weights.layout import Colour, Facts, File, Layout, Renamed
 
 # In the order in which a file's keys are compared with them.
 LAYOUTS: dict[str, Layout] = {
-    module.LAYOUT.name: module.LAYOUT
-    for module in (
-        own,
-        pytorchvideo,
-        pyslowfast,
-        mmaction2,
-        pytorch_i3d,
-        caffe_c3d,
-        torchvision,
-        image,
+    layout.name: layout
+    for layout in (
+        own.LAYOUT,
+        pytorchvideo.LAYOUT,
+        pyslowfast.LAYOUT,
+        mmaction2.LAYOUT,
+        pytorch_i3d.LAYOUT,
+        caffe_c3d.LAYOUT,
+        huggingface.LAYOUT,
+        timesformer.LAYOUT,
+        videomae.LAYOUT,
+        mae_st.LAYOUT,
+        vit.LAYOUT,
+        vit.AVERAGE,  # by name alone
+        torchvision.LAYOUT,
+        image.LAYOUT,
     )
 }
 COUNTER = "num_batches_tracked"  # that older files lack; nothing here depends on it
@@ -87,10 +98,12 @@ def named(node: Mapping[str, Any], at: str = "") -> dict[str, torchvision.Publis
 
 
 def inflated_from(node: Mapping[str, Any]) -> str | None:
-    """Name the image network that a 3D network is inflated from, if it is from any."""
+    """Name the image network that a network on clips is inflated from, or starts from, if from any."""
     module, _, function = str(node.get("_target_", "")).rpartition(".")
     if function.startswith("r2plus1d"):
         return None
+    if (transformer := vit.image_network(function)) is not None:
+        return transformer
     return image.INFLATED.get(module.rpartition(".")[2], (None,))[0]
 
 
@@ -224,18 +237,20 @@ def fill(network: nn.Module, part: Part, labels: Sequence[str] | None = None) ->
     renamed = part.layout.rename(part.file, module, part.at)
     places = module.state_dict()
     head = head_names(module) | _below(head_names(network), part.at)
+    in_rows = row_names(module) | _below(row_names(network), part.at)
     ready, other_head = _sort(part, renamed, module, places, head)
     notes = []
     if other_head is not None:
         ready = {name: tensor for name, tensor in ready.items() if name not in head}
-        ours = next((places[name].shape[0] for name in places if name in head), 0)
+        ours = next((places[name].shape[0] for name in places if name in in_rows), 0)
         notes.append(f"its classifier has {other_head} classes, the data {ours}")
     elif rows := sorted(name for name in ready if name in head):
-        note = _order(part, module, rows, ready, labels)
+        note = _order(part, module, rows, in_rows, ready, labels)
         if note is not None:
             notes.append(note)
     if part.facts.bgr and (note := _turn(module, ready)):
         notes.append(note)
+    notes += renamed.notes
     if new := [n for n in places if n not in ready and not n.endswith(COUNTER)]:
         notes.append(f"new here: {', '.join(_modules(new, ready))}")
     if renamed.dropped:
@@ -279,6 +294,8 @@ def _sort(
     ready: dict[str, Tensor] = {}
     other_head: int | None = None
     lost, wrong = [], []
+    homes = {f"{above}." for name in head for above in _above(name) if above != name}
+    homes = {top for top in homes if all(n in head for n in places if n.startswith(top))}
     for name, tensor in renamed.tensors.items():
         key = renamed.origin[name]
         if name in places:
@@ -289,7 +306,7 @@ def _sort(
                 other_head = int(tensor.shape[0])
             else:
                 wrong.append(f"'{key}' is {_size(tensor)} there and {_size(places[name])} here")
-        elif name in head:
+        elif name in head or name.startswith(tuple(homes)):  # of this kind, or of another
             renamed.dropped[key] = "its classifier"
         elif _cut_off(module, name):
             renamed.dropped[key] = "what this network does without"
@@ -342,6 +359,7 @@ def _order(
     part: Part,
     module: nn.Module,
     rows: Sequence[str],
+    in_rows: set[str],
     ready: dict[str, Tensor],
     labels: Sequence[str] | None,
 ) -> str | None:
@@ -362,7 +380,10 @@ def _order(
         if order == sorted(order):
             return None
         parameters = dict(module.named_parameters())
+        with_rows = {name.rpartition(".")[0] for name in in_rows}
         for name in rows:
+            if name.rpartition(".")[0] not in with_rows:  # of a probe, before its last layer
+                continue
             if name in parameters:
                 ready[name] = ready[name].index_select(0, torch.tensor(order))
             else:  # a fitted SVM, whose columns are classes as well: it is fitted anew
@@ -395,9 +416,13 @@ def _turn(module: nn.Module, ready: dict[str, Tensor]) -> str | None:
 
 
 def _modules(new: Sequence[str], filled: Mapping[str, Tensor]) -> list[str]:
-    """Name the outermost modules that have nothing but new tensors: a few words for many."""
+    """Name the outermost modules that have nothing but new tensors: a few words for many.
+
+    Of blocks that are numbered through, those that have the same new part are one: `blocks.*.temporal_fc`.
+    """
     taken = {above for name in filled for above in _above(name)}
-    return list(dict.fromkeys(next(a for a in _above(name) if a not in taken) for name in new))
+    outermost = [next(a for a in _above(name) if a not in taken) for name in new]
+    return list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in outermost))
 
 
 def _above(name: str) -> list[str]:

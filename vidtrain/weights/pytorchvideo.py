@@ -1,8 +1,8 @@
 """PyTorchVideo's model zoo: C2D, I3D and Slow on ResNet-50, SlowFast, X3D; Kinetics-400.
 
-https://github.com/facebookresearch/pytorchvideo. Its networks are numbered `blocks`: the stem, the four
-stages with a pool among them where there is one, the head. In X3D's stem, `conv_t` is the convolution
-over space and `conv_xy` the one over time: the names are the wrong way round there.
+https://github.com/facebookresearch/pytorchvideo, Apache-2.0. Its networks are numbered `blocks`: the stem,
+the four stages with a pool among them where there is one, the head. In X3D's stem, `conv_t` is the
+convolution over space and `conv_xy` the one over time: the names are the wrong way round there.
 """
 
 from __future__ import annotations

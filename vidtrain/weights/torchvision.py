@@ -1,7 +1,8 @@
 """torchvision: R3D-18, MC3-18, R(2+1)D-18, S3D, MViTv1 B and MViTv2 S, trained on Kinetics-400.
 
-Of the convolutional ones ours bear its names, so that nothing is renamed. What torchvision publishes is
-asked of torchvision itself: address, checksum (in the file's name), normalisation, class names.
+https://github.com/pytorch/vision, BSD-3-Clause. Of the convolutional ones ours bear its names, so that
+nothing is renamed. What torchvision publishes is asked of torchvision itself: address, checksum (in the
+file's name), normalisation, class names.
 """
 
 from __future__ import annotations
@@ -116,6 +117,16 @@ def rename(file: File, network: nn.Module, at: str) -> Renamed:
         if (tensor := renamed.tensors.pop(f"pos_encoding.{theirs}", None)) is not None:
             renamed.tensors[ours] = tensor
             renamed.origin[ours] = renamed.origin.pop(f"pos_encoding.{theirs}")
+    check_clip(file, renamed, network)
+    return renamed
+
+
+def check_clip(file: File, renamed: Renamed, network: nn.Module) -> None:
+    """Compare the clips that a file's and a network's tables of positions are for.
+
+    Raises:
+        UserError: they are others.
+    """
     made, built = _clip_of(renamed.tensors), _clip_of(network.state_dict())
     if made and built and made != built and made[0] == built[0]:
         _, frames, size = made
@@ -124,7 +135,6 @@ def rename(file: File, network: nn.Module, at: str) -> Renamed:
             f" pixels; set model.num_frames={frames} model.size={size}, which a clip of another"
             " length or size stretches"
         )
-    return renamed
 
 
 def _clip_of(tensors: Mapping[str, Tensor]) -> tuple[str, int, int] | None:

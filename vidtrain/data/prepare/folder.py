@@ -1,4 +1,4 @@
-"""Your own videos: a folder per class, split folders with class folders, or a table."""
+"""Your own videos: a folder per class, split folders with class folders, or a table; or without labels."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def prepare(
     num_classes: int | None = None,
     annotations: str | None = None,
     path: str = "path",
-    label: str = "label",
+    label: str | None = "label",
     split: str = "split",
     group: str = "group",
     start: str = "start",
@@ -57,7 +57,8 @@ def prepare(
             runs). None takes the one `videos.*` or `annotations.*` in root, else the folders.
         path: column of the videos' paths: relative to root, or absolute below it.
         label: column of class names or numbers. Numbers are class numbers when they are exactly 0
-            to K - 1 or when `num_classes` is more than there are, else names in numeric order.
+            to K - 1 or when `num_classes` is more than there are, else names in numeric order. None: labels
+            are not read, and without a table videos may lie in any folders, for `task=masked_pretraining`.
         split: column of `train`, `val`, `test`; may be absent.
         group: column of what must stay together (a person, a source video); may be absent.
         start: column of seconds where a piece begins; may be absent.
@@ -75,11 +76,13 @@ def prepare(
     check_fraction("data.val_fraction", val_fraction)
     found = _find_table(root, annotations)
     if found is None:
-        result = from_class_folders(root)
+        result = from_class_folders(root) if label is not None else from_any_folders(root)
     else:
-        names = dict(path=path, label=label, split=split, group=group, start=start, end=end)
+        names = dict(path=path, split=split, group=group, start=start, end=end)
+        if label is not None:
+            names["label"] = label
         result = from_table(root, found, names, multi_label, num_classes)
-    if len(result.label_names) < 2 and not multi_label:
+    if label is not None and len(result.label_names) < 2 and not multi_label:
         raise UserError(
             f"{found or root} has one class only, '{result.label_names[0]}';"
             " a classifier needs two: is data.root or data.label right?"
@@ -124,6 +127,21 @@ def from_class_folders(root: Path) -> Annotations:
     return Annotations(rows, label_names, notes=notes)
 
 
+def from_any_folders(root: Path) -> Annotations:
+    """Take every video below root, without labels.
+
+    Where the folders in root are all splits (`train`, `val`, `test`), they say which; else `split` is empty.
+    """
+    notes: list[str] = []
+    paths: list[str] = find_videos(root, notes)["path"].to_pylist()
+    if not paths:
+        raise UserError(f"there is no video under {root} (looked for .mp4, .avi, .mkv, .webm, ...)")
+    tops = [split_name(path.partition("/")[0]) for path in paths]
+    by_split = set(tops) <= {"train", "val", "test"}
+    rows = make_rows(paths, [[] for _ in paths], tops if by_split else [""] * len(paths))
+    return Annotations(rows, [], notes=notes)
+
+
 def from_table(
     root: Path,
     source: Path,
@@ -131,14 +149,20 @@ def from_table(
     multi_label: bool = False,
     num_classes: int | None = None,
 ) -> Annotations:
-    """Read a table whose columns are called `names`; `split` is empty text where it has none."""
+    """Read a table whose columns are called `names`; `split` is empty text where it has none.
+
+    Where `names` has no `label`, no row has one, and there are no classes.
+    """
     table = read_table(source)
     notes: list[str] = []
     for key, name in names.items():
         if key in ("path", "label") or name != COLUMNS[key]:  # the others may be absent
             need_column(table, name, key, source)
     columns = {key: table[name] for key, name in names.items() if name in table.column_names}
-    labels, label_names = _labels(columns["label"], multi_label, num_classes, names, source)
+    labels: Any = [[] for _ in range(len(table))]
+    label_names: list[str] = []
+    if "label" in names:
+        labels, label_names = _labels(columns["label"], multi_label, num_classes, names, source)
     pieces: dict[str, Any] = {
         key: _seconds(columns[key], names[key], source)
         for key in ("start", "end")
@@ -159,7 +183,7 @@ def from_table(
         rows = _drop(rows, pc.equal(rows["split"].cast(pa.string()), ""), "no split", source, notes)
         official = dict(Counter(rows["split"].to_pylist()))
     rows = keep_found(rows, root, str(source), notes)
-    if not multi_label:
+    if not multi_label and "label" in names:
         unknown = pc.equal(pc.list_value_length(rows["labels"]), 0)
         tested = pc.equal(rows["split"].cast(pa.string()), "test")
         rows = _drop(rows, pc.and_not(unknown, tested), "no label", source, notes)

@@ -42,6 +42,11 @@ class Geometry(NamedTuple):
         return Geometry(top, left, bottom - top, right - left, self.flip)
 
 
+# Quarters of the way down and right: corners, middles of the edges, the middle, and a place off each corner.
+PLACES = [(i, j) for i in range(5) for j in range(5) if i % 2 == 0 and j % 2 == 0]
+PLACES += [(i, j) for i in (1, 3) for j in (1, 3)]
+
+
 def is_number(value: object) -> bool:
     """Tell a number from what else a setting may be."""
     return isinstance(value, int | float) and not isinstance(value, bool)
@@ -53,6 +58,7 @@ class Augment:
 
     scale: Sequence[float] | None = None
     area: Sequence[float] | None = None
+    sides: Sequence[float] | None = None
     ratio: Sequence[float] = (0.75, 4 / 3)
     hflip: float = 0.0
     color: float = 0.0
@@ -66,8 +72,20 @@ class Augment:
 
     def __post_init__(self) -> None:
         """Refuse knobs that cannot be turned that way."""
-        if self.scale is not None and self.area is not None:
-            raise UserError("augment.scale and augment.area exclude each other; set one to null")
+        crops = [name for name in ("scale", "area", "sides") if getattr(self, name) is not None]
+        if len(crops) > 1:
+            raise UserError(
+                f"augment.{crops[0]} and augment.{crops[1]} exclude each other; set one to null"
+            )
+        if self.sides is not None and not (
+            isinstance(self.sides, Sequence)
+            and not isinstance(self.sides, str)
+            and len(self.sides) > 0
+            and all(is_number(side) and 0 < side <= 1 for side in self.sides)
+        ):
+            raise UserError(
+                f"augment.sides is {self.sides!r}; it takes numbers above 0, at most 1: [1, 0.875, 0.75, 0.66]"
+            )
         for name, low, high in (
             ("scale", 1.0, math.inf),
             ("area", 0.0, 1.0),
@@ -136,7 +154,10 @@ def random_geometry(
       `size` x `size` crop (Simonyan & Zisserman 2015, 3.1);
     - `augment.area`: a box of that share of the frame and of `augment.ratio`, squeezed to a square
       (Szegedy et al. 2015); the middle where ten draws do not fit;
-    - neither: the middle square.
+    - `augment.sides`: height and width are two of these shares of the shorter side, the same or neighbours in
+      the list, at one of thirteen places of a grid of five by five (Wang et al. 2016, TSN, 4.1, and more of
+      them in VideoMAE), squeezed to a square;
+    - none of them: the middle square.
     """
     flip = bool(rng.random() < augment.hflip)
     if augment.area is not None:
@@ -149,6 +170,14 @@ def random_geometry(
                 left = int(rng.integers(width - w + 1))
                 return Geometry(top, left, h, w, flip)
     side = min(height, width)
+    if augment.sides is not None:
+        count = len(augment.sides)
+        pairs = [(i, j) for i in range(count) for j in range(count) if abs(i - j) <= 1]
+        first, second = pairs[int(rng.integers(len(pairs)))]
+        h = max(1, int(side * augment.sides[first]))
+        w = max(1, int(side * augment.sides[second]))
+        down, right = PLACES[int(rng.integers(len(PLACES)))]
+        return Geometry(down * ((height - h) // 4), right * ((width - w) // 4), h, w, flip)
     if augment.scale is not None:
         side = max(1, round(side / rng.uniform(augment.scale[0], augment.scale[1])))
         top = int(rng.integers(height - side + 1))
