@@ -62,14 +62,20 @@ def command(data: str, family: str, root: str | None, epochs: int | None, out: P
     return ["train", *last.values()]
 
 
-def score(words: list[str], out: Path) -> float | None:
-    """Run `vidtrain` with these words, and give the video top-1 of its report; None where it failed."""
+def run(words: list[str]) -> bool:
+    """Run `vidtrain` with these words; whether it went well."""
     print("vidtrain", shlex.join(words), flush=True)
     done = subprocess.run(
         [sys.executable, "-m", "vidtrain", *words], capture_output=True, text=True
     )
     if done.returncode:
         print(done.stderr[-2000:], file=sys.stderr)
+    return not done.returncode
+
+
+def score(words: list[str], out: Path) -> float | None:
+    """Run `vidtrain` with these words, and give the video top-1 of its report; None where it failed."""
+    if not run(words):
         return None
     top1: float = json.loads((out / "report.json").read_text())["metrics"]["test/top1"]
     return top1

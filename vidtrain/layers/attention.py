@@ -21,6 +21,31 @@ from vidtrain.types import UserError
 
 EPS = 1e-6  # of all layer norms, as in the first vision transformer
 
+# What a GPU's kernels for attention take at once: rows, each of which is a place of a CUDA grid, and
+# numbers of a gradient, which flash attention's backward counts in 32 bits, tokens and channels rounded up.
+MOST_ROWS = 65_535
+MOST_NUMBERS = 2**31
+TOKENS, CHANNELS = 128, 32
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Let every query look at all keys of its row: (B, heads, N, d) each -> the same.
+
+    More rows than a GPU's kernels take at once are taken in turns. Attention along time has one for each
+    place of each clip.
+    """
+    heads, tokens, channels = q.shape[1:]
+    row = heads * _round_up(tokens, TOKENS) * _round_up(channels, CHANNELS)
+    most = max(1, min(MOST_ROWS, MOST_NUMBERS // row))
+    if len(q) <= most:
+        return F.scaled_dot_product_attention(q, k, v)
+    parts = zip(q.split(most), k.split(most), v.split(most), strict=True)
+    return torch.cat([F.scaled_dot_product_attention(*part) for part in parts])
+
+
+def _round_up(number: int, step: int) -> int:
+    return -(-number // step) * step
+
 
 class Attention(nn.Module):
     """Multi-head self-attention: every token looks at all tokens of its row.
@@ -52,8 +77,9 @@ class Attention(nn.Module):
         if self.q_bias is not None and self.v_bias is not None:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, N, d) each
-        out = F.scaled_dot_product_attention(q, k, v)
+        # Taken apart where the three lie, so that their gradients are written there at once.
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, heads, N, d) each
+        out = attend(q, k, v)
         return self.proj(out.transpose(1, 2).flatten(2))
 
 

@@ -98,8 +98,8 @@ class SplitAttention(Attention):
 
 def _attend(qkv: Tensor) -> Tensor:
     """Let each of N look at the N of its row: (B, rows, N, 3, heads, d) -> (B, rows, N, heads, d)."""
-    q, k, v = qkv.flatten(0, 1).permute(2, 0, 3, 1, 4).unbind(0)
-    out = F.scaled_dot_product_attention(q, k, v)
+    q, k, v = (part.transpose(1, 2) for part in qkv.flatten(0, 1).unbind(2))
+    out = attend(q, k, v)
     return out.transpose(1, 2).unflatten(0, qkv.shape[:2])
 
 
