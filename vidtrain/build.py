@@ -7,7 +7,7 @@ came out of a checkpoint only what vidtrain ships, or what the user allows by na
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -243,6 +243,35 @@ def task(cfg: DictConfig, network: nn.Module) -> VideoTask:
             f"views.per_forward is {module.views_per_forward}; at least 1, or null for all"
         )
     return module
+
+
+def check_shapes(network: nn.Module, shapes: Iterable[tuple[int, int]]) -> None:
+    """Refuse clips that a network does not take, before a run has its folder.
+
+    It runs on the meta device, where nothing is computed. Other errors than our own are left to the run.
+
+    Args:
+        network: it.
+        shapes: frames and side in pixels of each clip.
+
+    Raises:
+        UserError: the network's own.
+    """
+    import torch
+
+    from vidtrain.data.multigrid import CHANNELS, run_on_meta
+
+    kinds: Any = network.inputs
+    if not set(kinds) <= set(CHANNELS):  # features
+        return
+    for shape in sorted(set(shapes)):
+        try:
+            with torch.random.fork_rng(devices=[]):
+                run_on_meta(network, *shape)
+        except UserError:
+            raise
+        except Exception:
+            continue
 
 
 def recipe(cfg: DictConfig) -> Callable[..., Any]:

@@ -30,7 +30,8 @@ from vidtrain.types import UserError
 # What Lightning sets when it starts other ranks, and takes for a cluster's words in the next job.
 RANK_WORDS = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 STOPS = (130, 143)  # exit codes after Ctrl-C and SIGTERM: these end the sweep
-TESTED = ("test/top1", "test/mAP", "test/hit1")  # the first of them that a test wrote is shown
+# The first of them that a test wrote is shown.
+TESTED = ("test/top1", "test/mAP", "test/hit1", "test/loss")
 
 
 def is_job() -> bool:
@@ -253,10 +254,13 @@ class Table(Callback):
         """Forget an older sweep in the same folder; say when a search goes the wrong way."""
         for path in Path(config.hydra.sweep.dir).glob("**/job.json"):
             path.unlink()
-        if worst(config.hydra.sweeper) > 0 and "loss" not in metric(config):
+        direction = str(OmegaConf.select(config.hydra.sweeper, "direction", default="")).lower()
+        name, lower = metric(config), "loss" in metric(config)
+        if ("maximize" if lower else "minimize") in direction:
+            does, other = ("maximises", "minimize") if lower else ("minimises", "maximize")
             print(
-                f"note: the sweeper minimises {metric(config)};"
-                " hydra.sweeper.direction=maximize looks for the highest",
+                f"note: the sweeper {does} {name}; hydra.sweeper.direction={other} looks for the"
+                f" {'lowest' if lower else 'highest'}",
                 file=sys.stderr,
             )
 

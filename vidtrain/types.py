@@ -69,8 +69,15 @@ class Clip:
             raise UserError(
                 f"clip.fps is {self.fps}; it must be above 0, or null for the video's own rate"
             )
-        if len(self.mean) != 3 or len(self.std) != 3:
-            raise UserError("clip.mean and clip.std take three numbers each, for R, G and B")
+        check_colours("clip.mean", self.mean)
+        check_colours("clip.std", self.std)
+
+
+def check_colours(key: str, values: object) -> None:
+    """Refuse what is not a number for each of R, G and B."""
+    numbers = values if isinstance(values, list | tuple) else ()
+    if len(numbers) != 3 or not all(isinstance(value, int | float) for value in numbers):
+        raise UserError(f"{key} is {values!r}; it takes three numbers, for R, G and B")
 
 
 class Failure(NamedTuple):

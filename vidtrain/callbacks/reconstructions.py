@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from vidtrain.callbacks.pictures import name_of
 from vidtrain.tasks.masked_pretraining import MaskedPretraining
+from vidtrain.types import UserError
 from vidtrain.visualize.reconstruction import Block, reconstruction_sheet
 
 
@@ -24,6 +25,10 @@ class Reconstructions(L.Callback):
     """
 
     def __init__(self, num_videos: int = 4) -> None:
+        if not isinstance(num_videos, int) or isinstance(num_videos, bool) or num_videos < 0:
+            raise UserError(
+                f"callbacks.reconstructions.num_videos is {num_videos!r}; it counts videos, 0 for none"
+            )
         self.num_videos = num_videos
         self.blocks: list[Block] = []
         self.wanted: set[int] = set()  # numbers of batches, of each the first video

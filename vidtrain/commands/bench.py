@@ -128,7 +128,7 @@ def main(cfg: DictConfig) -> None:
     """Measure; print a table with advice, or everything as one JSON object.
 
     Raises:
-        UserError: a wrong setting, or no labelled training videos.
+        UserError: a wrong setting, or no training videos; or these have no labels, and the task needs them.
     """
     seconds = cfg.seconds
     if cfg.format not in FORMATS:
@@ -149,9 +149,9 @@ def main(cfg: DictConfig) -> None:
             cfg.data.num_classes = len(data.label_names)
     if data.has_features:
         raise UserError(f"bench times videos, and data={data.name} has features")
-    data.labelled("train")
     network = build.model(cfg)
     task = build.task(cfg, network)
+    (data.labelled if task.uses_labels else data.split_of)("train")
     data.feed(network.inputs)  # type: ignore[arg-type]
     build.checkpointing(cfg, network)
     trainer = build.trainer(cfg, Path("."), [], [])

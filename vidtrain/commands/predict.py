@@ -75,6 +75,7 @@ def main(cfg: DictConfig) -> int:
     files = find_files(Path(str(cfg.input)).expanduser())
     clip = Clip(**{k: v for k, v in config.resolved(merged)["clip"].items() if k != "_target_"})
     clip = tested_clip(clip, merged.views)
+    build.check_shapes(task.model, [(clip.num_frames, merged.views.size or clip.size)])
     facts = config.resolved(merged)["data"]
     dataset = VideoDataset(
         Files(files),

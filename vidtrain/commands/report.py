@@ -191,6 +191,7 @@ def gather(run: Path) -> Run:
         minutes=_minutes(trained),
         code=made.get("code") or report.get("code") or {},
         fingerprint=str((made.get("dataset") or report).get("fingerprint") or ""),
+        reconstructions=reconstructions(tested or run),
     )
 
 

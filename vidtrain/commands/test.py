@@ -72,8 +72,10 @@ def score(
     data = build.data(merged)
     data.feed(task.model.inputs)
     data.test_split = data.split_of(cfg.split)
-    compare_labels(saved["vidtrain"]["label_names"], data.label_names, path)
+    if task.uses_labels:
+        compare_labels(saved["vidtrain"]["label_names"], data.label_names, path)
     compare_data(saved["vidtrain"], data, console)
+    build.check_shapes(task.model, data.shapes(training=False, testing=True))
 
     run_dir.mkdir(parents=True, exist_ok=True)
     seen = {k: v for k, v in config.resolved(merged).items() if k not in OF_COMMAND}

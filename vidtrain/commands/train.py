@@ -26,6 +26,7 @@ from vidtrain.callbacks.saving import CannotSave
 from vidtrain.commands.test import run_test, write_json
 from vidtrain.data.manifest import is_url
 from vidtrain.loggers import closing
+from vidtrain.types import UserError
 from vidtrain.weights.load import fill
 
 
@@ -59,8 +60,13 @@ def main(cfg: DictConfig) -> float | int | None:
     task = build.task(cfg, network)
     check_split = data.labelled if task.uses_labels else data.split_of
     check_split("train")
+    if data.balance and not data.manifest.label_counts("train").sum():
+        raise UserError(
+            "data.balance goes by classes, and these videos have no labels; set it to 0"
+        )
     if cfg.test:
         data.test_split = check_split(cfg.split)
+    build.check_shapes(network, data.shapes(training=True, testing=cfg.test))
     name = config.choices().get("model", cfg.model._target_)
     task.description = checkpoint.describe(
         cfg, name, data.label_names, data.manifest.fingerprint, command()
@@ -82,6 +88,7 @@ def main(cfg: DictConfig) -> float | int | None:
         made, run_dir = run_dir, resume_from.parent.parent
         if made != run_dir and made.is_dir() and not any(made.iterdir()):
             made.rmdir()
+    callbacks = build.callbacks(cfg, run_dir)
     facts = {key: task.description[key] for key in ("command", "code")}
     facts["dataset"] = provenance.dataset(data)
     if first:
@@ -90,12 +97,17 @@ def main(cfg: DictConfig) -> float | int | None:
         write_json(run_dir / "run.json", facts)
     console.print(f"run [bold]{run_dir}[/bold]", highlight=False)
 
-    callbacks = build.callbacks(cfg, run_dir)
     if cfg.profile:  # what waits for a score would wait in vain
         callbacks = [c for c in callbacks if getattr(c, "monitor", None) is None]
     saver = next((c for c in callbacks if isinstance(c, Checkpoint)), None)
     with closing(build.loggers(cfg, run_dir, facts)) as loggers:
         trainer = build.trainer(cfg, run_dir, callbacks, loggers)
+        for split in ("train", "val", *([data.test_split] if cfg.test else [])):
+            if 0 < (count := data.manifest.splits.get(split, 0)) < trainer.world_size:
+                raise UserError(
+                    f"the '{split}' split of {data.name} has {count} videos for {trainer.world_size}"
+                    " devices; each needs one: set trainer.devices"
+                )
         if cfg.data.batch_size == largest_batch.AUTO:
             largest_batch.check_accelerator(cfg.trainer.accelerator)
 
@@ -195,7 +207,9 @@ def again(run_dir: Path) -> str:
 def tell(console: Console, data: Any) -> None:
     """Say in a line or two what there is to learn from."""
     splits = ", ".join(f"{count} {name}" for name, count in data.manifest.splits.items())
-    console.print(f"{data.name}: {len(data.label_names)} classes; {splits}", highlight=False)
+    known = data.manifest.label_names
+    classes = f"{len(data.label_names)} classes" if known else "no labels"
+    console.print(f"{data.name}: {classes}; {splits}", highlight=False)
     for note in data.manifest.notes:
         console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
     if (note := missing_classes(data)) is not None:

@@ -409,6 +409,12 @@ class VideoDataModule(L.LightningDataModule):
         """Give the clip and the sampling of a test: training's, but for what `views` says otherwise."""
         return tested_clip(self.clip, self.views), self.views.get("sampling") or self.sampling
 
+    def shapes(self, *, training: bool, testing: bool) -> list[tuple[int, int]]:
+        """List the frames and the side of clips: of training and validation, and of a test."""
+        frames, size = self.clip.num_frames, self.views["size"] or self.clip.size
+        trained = [(frames, self.clip.size), (frames, size)] if training else []
+        return [*trained, *([(self.as_tested()[0].num_frames, size)] if testing else [])]
+
     @property
     def sources(self) -> Sources:
         """What opens the videos: decoder, kept indices, cache of frames, shards.
@@ -496,7 +502,8 @@ class VideoDataModule(L.LightningDataModule):
         """
         counts = self.manifest.label_counts(self.split_of(name))
         if not counts.sum():
-            raise UserError(f"the '{name}' split of {self.name} has no labels; add split=val")
+            to_do = "add split=val" if name == "test" else "only models named *_pretrain need none"
+            raise UserError(f"the '{name}' split of {self.name} has no labels; {to_do}")
         missing = self.manifest.splits[name] - int(counts.sum())
         if name == "train" and missing > 0 and not self.multi_label:
             raise UserError(f"{missing} training videos of {self.name} have no label")

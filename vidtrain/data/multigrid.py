@@ -259,14 +259,9 @@ def refuse_shapes(network: nn.Module, plan: Multigrid) -> None:
     Raises:
         UserError: naming the shape.
     """
-    tensors = (*network.named_parameters(), *network.named_buffers())
-    state = {name: tensor.detach().to("meta") for name, tensor in tensors}
-    kinds: Any = network.inputs
     for count, size in sorted({(shape.num_frames, shape.size) for shape in plan.shapes()}):
-        clips = [torch.empty(2, CHANNELS[kind], count, size, size, device="meta") for kind in kinds]
         try:
-            with torch.no_grad():
-                functional_call(network, state, tuple(clips))
+            run_on_meta(network, count, size)
         except Exception as error:
             why = next(iter(str(error).splitlines()), "").split(";")[0] or type(error).__name__
             raise UserError(
@@ -274,6 +269,16 @@ def refuse_shapes(network: nn.Module, plan: Multigrid) -> None:
                 f" frames and pixels ({why}); use multigrid=short, another multigrid.multiple or a"
                 " network that takes any shape"
             ) from None
+
+
+def run_on_meta(network: nn.Module, num_frames: int, size: int) -> None:
+    """Run a network on the meta device on two clips of a shape; its own state stays as it is."""
+    tensors = (*network.named_parameters(), *network.named_buffers())
+    state = {name: tensor.detach().to("meta") for name, tensor in tensors}
+    kinds: Any = network.inputs
+    clips = [torch.empty(2, CHANNELS[k], num_frames, size, size, device="meta") for k in kinds]
+    with torch.no_grad():
+        functional_call(network, state, tuple(clips))
 
 
 def _check_shares(key: str, values: Any) -> None:

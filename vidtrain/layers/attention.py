@@ -21,8 +21,9 @@ from vidtrain.types import UserError
 
 EPS = 1e-6  # of all layer norms, as in the first vision transformer
 
-# What a GPU's kernels for attention take at once: rows, each of which is a place of a CUDA grid, and
-# numbers of a gradient, which flash attention's backward counts in 32 bits, tokens and channels rounded up.
+# What kernels for attention on a GPU take at once. Rows lie along an axis of a CUDA grid that has no more
+# places; beyond, flash attention fails. Its backward is reported to fail where the sums of a gradient,
+# tokens and channels rounded up, are more than 32 bits can number.
 MOST_ROWS = 65_535
 MOST_NUMBERS = 2**31
 TOKENS, CHANNELS = 128, 32

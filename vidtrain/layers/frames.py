@@ -27,7 +27,7 @@ def check_clip(x: Tensor, num_frames: int | None = None, size: int | None = None
     if num_frames is not None and x.shape[2] != num_frames:
         raise UserError(
             f"the model was built for clips of {num_frames} frames and got {x.shape[2]};"
-            " leave clip.num_frames as it was in training, or train anew"
+            " leave clip.num_frames and views.num_frames as they were in training, or train anew"
         )
     if size is not None and tuple(x.shape[3:]) != (size, size):
         raise UserError(

@@ -127,7 +127,7 @@ def running_cells(
     if rows % CELL or columns % CELL:
         raise UserError(
             f"the decoder's mask has cells of 2 x 2 patches, and frames have {rows} x {columns} of them;"
-            " make clip.size a multiple of two patches"
+            " make clip.size (in a test views.size) a multiple of two patches"
         )
     ring = CELL * CELL
     left_out = ratio * ring

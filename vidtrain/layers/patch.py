@@ -56,7 +56,7 @@ def grid_of(clip: Sequence[int], box: Sequence[int]) -> tuple[int, int, int]:
     if frames:
         raise UserError(
             f"the model takes {box[0]} frames at a time and got a clip of {clip[0]};"
-            f" make clip.num_frames a multiple of {box[0]}"
+            f" make clip.num_frames (in a test views.num_frames) a multiple of {box[0]}"
         )
     if any(sides):
         raise UserError(

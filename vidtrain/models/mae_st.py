@@ -287,6 +287,8 @@ class MAESTPretraining(nn.Module):
         self.box, grid = self.encoder.patch_embed.box, self.encoder.grid
         outputs = 3 * patch**2
         self.decoder = Decoder(grid, dim, decoder_dim, decoder_depth, decoder_heads, outputs)
+        # A share that leaves nothing to see or to predict is refused here, before any training.
+        self.draw(1, (num_frames, size, size), torch.Generator())
 
     def draw(
         self, batch: int, clip: tuple[int, int, int], generator: torch.Generator | None = None

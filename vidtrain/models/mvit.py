@@ -164,7 +164,8 @@ class PoolingAttention(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """(B, 1 + N, D) -> (B, 1 + N / strides, E)."""
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        parts = self.qkv(x).unflatten(2, (3, self.heads, -1)).unbind(2)
+        q, k, v = (part.transpose(1, 2) for part in parts)  # (B, heads, 1 + N, d) each
         k, v = self.pool_k(k, grid), self.pool_v(v, grid)
         if self.pool_q is not None:
             q = self.pool_q(q, grid)

@@ -115,7 +115,8 @@ class VideoMAEPretraining(nn.Module):
         drop_path: Share of clips that skip a branch of the encoder's last block; of earlier ones fewer.
 
     Raises:
-        UserError: tubelets do not fill the clip, heads do not divide a width, or a share is none.
+        UserError: tubelets do not fill the clip, heads do not divide a width, a share is none, or it leaves
+            nothing to see or to predict.
     """
 
     inputs = ("video",)
@@ -156,6 +157,8 @@ class VideoMAEPretraining(nn.Module):
         table = sincos_table(self.grid[0] * self.grid[1] * self.grid[2], decoder_dim)
         self.register_buffer("positions", table, persistent=False)
         self._init_weights()
+        # A share that leaves nothing to see or to predict is refused here, before any training.
+        self.draw(1, (num_frames, size, size), torch.Generator())
 
     def draw(
         self, batch: int, clip: tuple[int, int, int], generator: torch.Generator | None = None

@@ -46,7 +46,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vidtrain.layers.attention import EPS, MLP, Attention, Block, init_linear
+from vidtrain.layers.attention import EPS, MLP, Attention, Block, attend, init_linear
 from vidtrain.layers.drop_path import path_rates
 from vidtrain.layers.patch import PatchEmbed, grid_of, resize_table
 from vidtrain.types import UserError

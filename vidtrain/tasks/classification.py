@@ -46,6 +46,11 @@ class Classification(VideoTask):
         label_smoothing: float = 0.0,
         class_weights: str | Sequence[float] | None = None,
     ) -> None:
+        if num_classes < (1 if multi_label else 2):
+            raise UserError(
+                f"there are {num_classes or 'no'} classes to tell apart: is data.label right? Only models"
+                " named *_pretrain take videos without labels"
+            )
         self.num_classes, self.multi_label = num_classes, multi_label
         self.label_smoothing = label_smoothing
         if multi_label and label_smoothing:

@@ -17,7 +17,7 @@ from torchmetrics import MetricCollection
 from vidtrain.losses.reconstruction import masked_mse
 from vidtrain.metrics.mean_score import MeanScore
 from vidtrain.tasks.base import StepOutput, VideoTask, pieces
-from vidtrain.types import UserError, Views
+from vidtrain.types import UserError, Views, check_colours
 
 
 class Reconstruction(NamedTuple):
@@ -39,6 +39,9 @@ class MaskedPretraining(VideoTask):
     Args:
         mean: of R, G and B, by which frames were normalised.
         std: likewise.
+
+    Raises:
+        UserError: one of them is not three numbers.
     """
 
     uses_labels = False
@@ -51,6 +54,7 @@ class MaskedPretraining(VideoTask):
         # In validation the base logs the loss.
         self.val_metrics = MetricCollection({})
         for name, values in (("mean", mean), ("std", std)):
+            check_colours(f"task.{name}", values)
             tensor = torch.tensor(list(values), dtype=torch.float32).view(3, 1, 1, 1)
             self.register_buffer(name, tensor, persistent=False)
         self.shown: dict[int, Reconstruction] = {}  # of the batch under evaluation, by its place

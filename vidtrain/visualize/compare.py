@@ -24,6 +24,7 @@ from vidtrain.visualize.page import (
     code_in_words,
     document,
     interval,
+    reconstruction_section,
 )
 
 FEW_CLASSES = 15  # shown before the fold, those in which the runs differ most
@@ -51,6 +52,7 @@ class Run(NamedTuple):
     minutes: float | None
     code: Mapping[str, Any]  # that it was trained with
     fingerprint: str  # of the rows that it was trained on
+    reconstructions: bytes | None = None  # a PNG, of a masked autoencoder
 
     @property
     def best(self) -> float | None:
@@ -76,6 +78,7 @@ def compare_page(runs: Sequence[Run], notes: Sequence[str] = ()) -> str:
     sections = [
         _results(runs, differing, notes),
         _protocols(runs),
+        reconstruction_section(runs[0].reconstructions if len(runs) == 1 else None),
         _curves(runs),
         _classes(runs),
         _settings(runs, differing),

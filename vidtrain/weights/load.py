@@ -293,7 +293,7 @@ def _sort(
     """
     ready: dict[str, Tensor] = {}
     other_head: int | None = None
-    lost, wrong = [], []
+    lost, wrong, tables = [], [], True
     homes = {f"{above}." for name in head for above in _above(name) if above != name}
     homes = {top for top in homes if all(n in head for n in places if n.startswith(top))}
     for name, tensor in renamed.tensors.items():
@@ -306,6 +306,7 @@ def _sort(
                 other_head = int(tensor.shape[0])
             else:
                 wrong.append(f"'{key}' is {_size(tensor)} there and {_size(places[name])} here")
+                tables = tables and re.search(r"(pos|time)_\w+$", name) is not None
         elif name in head or name.startswith(tuple(homes)):  # of this kind, or of another
             renamed.dropped[key] = "its classifier"
         elif _cut_off(module, name):
@@ -316,6 +317,11 @@ def _sort(
     hint = "; is it the right model?"
     if part.layout is not own.LAYOUT:
         hint += " (model.weights_from= names another layout)"
+    if wrong and tables:
+        hint = (
+            "; its positions are of clips of another shape: set model.num_frames and model.size, those there are,"
+            " to what it was trained with, and the network spreads them over the clips that it gets"
+        )
     if wrong:
         raise UserError(f"{kind}: {wrong[0]}{_more(len(wrong) - 1)}{hint}")
     if lost:

@@ -107,12 +107,17 @@ def from_class_folders(root: Path) -> Annotations:
     by_split = {split_name(top) for top in tops} <= {"train", "val", "test"} and any(
         len(p) > 2 for p in parts
     )
+    if not by_split and {split_name(top) for top in tops} <= {"train", "val", "test"} and tops:
+        notes.append(
+            f"{', '.join(sorted(tops))} are taken for classes, as they hold no class folders;"
+            " data.label=null takes them for splits of videos without labels"
+        )
     depth = 1 if by_split else 0
     inside = [len(p) > depth + 1 for p in parts]
     if not any(inside):
         raise UserError(
-            f"the videos lie directly in {root}; put them into a folder per class,"
-            " or name a table with data.annotations=FILE"
+            f"the videos lie directly in {root}; put them into a folder per class, or name a table with"
+            " data.annotations=FILE; without labels, for a model named *_pretrain: data.label=null"
         )
     if not all(inside):
         notes.append(f"{inside.count(False):,} videos are left out: they are in no class folder")

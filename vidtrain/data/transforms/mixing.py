@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -49,6 +48,6 @@ def draw(
 
 
 def mix_labels(labels: Tensor, share: float, num_classes: int) -> Tensor:
-    """Mix `(B,)` classes to `(B, K)` shares, as clips are mixed."""
-    soft = F.one_hot(labels, num_classes).float()
+    """Mix `(B,)` classes to `(B, K)` shares, as clips are mixed; who has no class has no share either."""
+    soft = (labels[:, None] == torch.arange(num_classes, device=labels.device)).float()
     return share * soft + (1 - share) * soft.flip(0)
