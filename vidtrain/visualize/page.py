@@ -508,9 +508,10 @@ def reconstruction_section(picture: bytes | None) -> str:
         " that each hidden box had; and that mean alone, which the network has no part in."
     )
     image = (
-        f"<img src='{_data_uri(picture, 'image/png')}' alt='original, seen and predicted frames'>"
+        f"<img src='{_data_uri(picture, 'image/png')}' alt='original, seen and predicted frames'"
+        " style='max-width: 100%; height: auto'>"
     )
-    return _section("Reconstructions", lead, f"<div class='scroll'>{image}</div>")
+    return _section("Reconstructions", lead, image)
 
 
 def _card(report: Mapping[str, Any], p: Prediction, open_path: Opener | None) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vidtrain.visualize.clips import GAP, INK, MARGIN, PAPER, font
 
-ROWS = ("original", "seen", "predicted", "scale alone")
+ROWS = ("original", "seen", "predicted", "mean alone")
 FRAMES = 8  # of a clip, spread over it
 SIDE = 112  # pixels that a frame has at least
 LABEL = 96  # pixels for the names of rows
