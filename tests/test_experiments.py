@@ -4,7 +4,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
+import torch
 
+from vidtrain import build
 from vidtrain.config import conf_dir, resolved
 
 RECIPES = sorted(
@@ -34,7 +36,7 @@ SMALL = [
     "test=true",
 ]
 NARROW = ["+model.dim=48", "+model.depth=2", "+model.heads=4"]  # of transformers
-DECODER = ["+model.decoder_dim=24", "+model.decoder_depth=1", "+model.decoder_heads=3"]
+DECODER = ["+model.decoder_dim=24", "++model.decoder_depth=1", "+model.decoder_heads=3"]
 
 # More of the same, by a recipe's name: of all patterns that fit.
 SMALLER = {
@@ -102,6 +104,18 @@ def test_shares_of_training_are_the_papers_epochs(compose, recipe):
         assert optim.schedule == "cosine" and optim.floor * optim.lr == pytest.approx(
             last, rel=0.02
         )
+
+
+@pytest.mark.parametrize(
+    ("recipe", "epochs", "blocks"),
+    [("base", 1600, 4), ("small", 1600, 4), ("large", 1600, 12), ("huge", 1600, 12)],
+)
+def test_videomae_is_pretrained_as_its_published_score_needs(compose, recipe, epochs, blocks):
+    pretrain = compose("train", f"experiment=kinetics400/videomae_{recipe}_pretrain")
+    source = compose("train", f"experiment=kinetics400/videomae_{recipe}").published.source
+    assert pretrain.trainer.max_epochs == epochs and f"{epochs:,} epochs" in source
+    with torch.device("meta"):
+        assert len(build.model(pretrain).decoder.blocks) == blocks
 
 
 def test_a_recipe_without_a_published_score_says_so(compose):

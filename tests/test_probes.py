@@ -232,7 +232,7 @@ def test_a_probe_on_a_network_with_another_classifier(
     [
         (["model.probe=atentive"], "model.probe is 'atentive'; it is one of linear, attentive"),
         (["freeze=[backbone,fc_norm,head]"], "leaves nothing to train"),
-        (["model.probe=linear", "data.batch_size=1"], "set data.batch_size=2 or more"),
+        (["model.probe=linear", "data.batch_size=1"], "set data.batch_size=4 or more"),
     ],
 )
 def test_mistakes_are_one_line(vidtrain, tiny_dataset, words, message):

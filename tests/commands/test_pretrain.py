@@ -243,8 +243,9 @@ def test_other_videos_may_be_tested_whatever_their_labels(vidtrain, pretrained, 
         f"data.root={tiny_dataset}",
         "logger=none",
     ]
-    result = vidtrain(*words, "output=here")
+    result = vidtrain(*words, "output=here", "data.multi_label=true")
     assert result.code == 0 and "on 6 of 6 videos" in result.out, result.err
+    assert "Per class" not in Path("here/report.html").read_text()
     result = vidtrain(*words, "output=there", "views.size=36")
     assert result.code == 2 and "views.size" in result.err
     assert not Path("there").exists()
@@ -391,3 +392,11 @@ def test_two_ranks_pretrain_and_score_every_video_once(videos, tiny_dataset, tmp
     few = run(videos)  # one for validation
     assert few.returncode == 2 and "has 1 videos for 2 devices" in few.stderr
     assert "Traceback" not in few.stderr
+
+    # A rank that can read none of its validation videos is not missed by the other.
+    names = [f"{'train' if n < 6 else 'val'}/{n}.mp4" for n in range(8)]
+    root = move(videos, tmp_path / "torn", names)
+    (root / "val/7.mp4").write_bytes((videos / "7.mp4").read_bytes()[:600])
+    words[:] = [*(word for word in words if word != "test=true"), "data.max_failures=1.0"]
+    torn = run(root)
+    assert torn.returncode == 0 and "val/loss" in torn.stdout, torn.stderr

@@ -188,6 +188,11 @@ def test_a_picture_is_put_together_from_its_boxes(maker):
     torch.testing.assert_close(picture, shown)
 
 
+def test_mae_st_begins_fine_tuning_with_a_classifier_that_says_next_to_nothing():
+    narrow = {k: v for k, v in NARROW.items() if not k.startswith("decoder")}
+    assert mae_st_base(400, **narrow).head.weight.std().item() == pytest.approx(2e-5, rel=0.05)
+
+
 def test_mae_st_restores_the_order_of_tokens_for_its_decoder():
     """A token's place is told by the table alone: what is put where it lay counts, not the order seen in."""
     net, video = make(mae_st_base_pretrain), clips()

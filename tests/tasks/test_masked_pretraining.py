@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from vidtrain.metrics.mean_score import MeanScore
 from vidtrain.models.videomae_pretrain import videomae_base_pretrain
 from vidtrain.tasks.masked_pretraining import MaskedPretraining
 from vidtrain.types import UserError
@@ -126,6 +127,15 @@ def test_a_perfect_answer_restores_the_clip():
     output = task.step(batch_of(1))
     assert output.loss < 1e-9
     torch.testing.assert_close(task.shown[0].made, task.shown[0].original, rtol=0, atol=1e-4)
+
+
+def test_the_mean_of_videos_lies_on_every_device():
+    """Apple's have no numbers of 64 bits."""
+    metric = MeanScore()
+    metric.update(torch.tensor([[1.0], [2.0]]), torch.arange(2))
+    metric.update(torch.tensor([[6.0]], dtype=torch.bfloat16), torch.arange(1))
+    assert metric.total.dtype == metric.compute().dtype == torch.float32
+    assert metric.compute() == 3
 
 
 def test_a_classifier_is_refused():

@@ -209,7 +209,7 @@ def run_test(
             "failed": [{"path": f.path, "reason": f.reason} for f in predictions.failures],
         },
         "label_names": names,
-        "multi_label": data.multi_label,
+        "multi_label": data.multi_label and task.uses_labels,
         "fingerprint": data.manifest.fingerprint,
         "data_root": data.manifest.root,
         "seconds": round(time.time() - began, 1),

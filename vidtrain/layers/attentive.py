@@ -46,8 +46,8 @@ class LinearProbe(nn.Module):
         """
         if self.training and len(x) < 2:
             raise UserError(
-                "model.probe=linear norms its inputs over a batch of at least two clips;"
-                " set data.batch_size=2 or more"
+                "model.probe=linear norms its inputs over a batch of at least two clips and got one;"
+                " set data.batch_size=4 or more, as some batches have a clip less"
             )
         return self.linear(self.norm(x))
 

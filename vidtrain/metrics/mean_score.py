@@ -18,14 +18,14 @@ class MeanScore(Metric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, scores: Tensor, target: Tensor) -> None:
         """Take a batch."""
-        self.total += scores.double().sum()
+        self.total += scores.float().sum()
         self.count += len(scores)
 
     def compute(self) -> Tensor:
         """Give the mean."""
-        return (self.total / self.count).float()
+        return self.total / self.count

@@ -45,6 +45,7 @@ from vidtrain.layers.patch import PatchEmbed, grid_of, resize_table
 
 # The paper's code adds 1e-6 to the variance of frames that are normalised by a deviation of 0.225.
 VARIANCE = 1e-6 * 0.225**2
+HEAD_STD = 2e-5  # of the classifier's first weights, as in the paper's fine-tuning
 
 
 class Positions(nn.Module):
@@ -237,7 +238,7 @@ class MAEST(Encoder):
             return
         made = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         if isinstance(made, nn.Linear):
-            nn.init.normal_(made.weight, std=0.02)
+            nn.init.trunc_normal_(made.weight, std=HEAD_STD)
             nn.init.zeros_(made.bias)
         self.head = made
 

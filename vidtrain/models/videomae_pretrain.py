@@ -27,7 +27,7 @@ ckpt=RUN`.
 
 Departs from the paper: for other numbers of frames and sizes than the network was built for, the tables of
 positions are spread over the new grid in straight lines. Huge has the decoder of 8 blocks that the network
-has by default; the script that it was trained with gives it 12 (`model.decoder_depth=12`).
+has by default; the script that it was trained with gives it 12, as its recipe does (`model.decoder_depth`).
 
 Parameters, and multiply-adds of 16 x 224 x 224, as tests/models/test_masked_autoencoders.py asserts: small
 24,029,376, 11.536 G; base 94,210,944, 35.440; large 342,996,992, 142.636; huge 672,795,776, 194.191; giant

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
+from vidtrain.metrics.mean_score import MeanScore
 from vidtrain.types import UserError, Views
 
 PIECE = 1 << 30  # bytes of several inputs that are made at once, where nobody says how many views
@@ -62,6 +63,8 @@ class VideoTask(L.LightningModule):
         self.views_per_forward: int | None = None
         self.frozen: tuple[str, ...] = ()
         video, clip = self.metrics(), self.clip_metrics()
+        # Not by Lightning's `log`, in which a rank that could read no video would be missed.
+        self.val_losses = MetricCollection({"loss": MeanScore()}, prefix="val/")
         self.val_metrics = video.clone(prefix="val/")
         self.test_metrics = video.clone(prefix="test/")
         self.test_clip_metrics = clip.clone(prefix="test/clip_")
@@ -159,13 +162,13 @@ class VideoTask(L.LightningModule):
         """Score a batch, one view each."""
         output = self._evaluate(batch, self.val_metrics)
         if output:
-            size = len(output["target"])
-            many = self.trainer.world_size > 1
-            self.log("val/loss", output["loss"], on_epoch=True, batch_size=size, sync_dist=many)
+            loss, target = output["loss"].detach(), output["target"]
+            self.val_losses.update(loss.expand(len(target), 1), target)
         return output
 
     def on_validation_epoch_end(self) -> None:
-        """Log the metrics of all validation videos."""
+        """Log the loss and the metrics of all validation videos."""
+        self._log_all(self.val_losses)
         self._log_all(self.val_metrics)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
