@@ -391,10 +391,10 @@ def check_optim(cfg: DictConfig) -> None:
 
     scaled(cfg.optim.lr, Batch(1), _plain(cfg.optim))
     made = recipe(cfg)
-    patterns = isinstance(cfg.optim.get("groups"), DictConfig)
-    groups = {"groups": None} if patterns else {}  # patterns of the real network
+    real = {"groups": DictConfig, "no_decay": ListConfig}  # patterns of the real network
+    without = {key: None for key, kind in real.items() if isinstance(cfg.optim.get(key), kind)}
     try:
-        made(nn.Linear(1, 1), 10, **groups)
+        made(nn.Linear(1, 1), 10, **without)
     except (TypeError, ValueError) as error:
         raise UserError(f"optim: {' '.join(str(error).split())}") from None
 

@@ -202,3 +202,22 @@ def test_rates_fall_from_the_classifier_down():
     for wrong in (0, 1.1, True):
         with pytest.raises(UserError, match=r"optim.layer_decay is"):
             decay_groups(net, 0.1, lr=1.0, layer_decay=wrong)
+
+
+def test_tables_of_positions_need_not_decay():
+    net = nn.Module()
+    net.pos_embed = nn.Parameter(torch.zeros(1, 4, 3))
+    net.encoder = nn.Module()
+    net.encoder.cls_token = nn.Parameter(torch.zeros(1, 1, 3))
+    net.encoder.fc = nn.Linear(3, 2)
+
+    def decaying(no_decay):
+        groups = decay_groups(net, 0.1, no_decay=no_decay)
+        return {n for group in groups if group["weight_decay"] for n in names(net, group["params"])}
+
+    assert decaying(None) == {"pos_embed", "encoder.cls_token", "encoder.fc.weight"}
+    assert decaying(["pos_*", "*_token"]) == {"encoder.fc.weight"}
+    with pytest.raises(UserError, match=r"optim\.no_decay: no part of Module is called 'time_\*'"):
+        decaying(["time_*"])
+    with pytest.raises(UserError, match=r"optim\.no_decay is 'pos_embed'; it takes a list"):
+        decaying("pos_embed")

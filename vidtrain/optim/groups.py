@@ -181,6 +181,7 @@ def decay_groups(
     lr: float | None = None,
     groups: Mapping[str, float] | None = None,
     layer_decay: float | None = None,
+    no_decay: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Split parameters in two: matrices and kernels decay, biases and norms (1-D) do not.
 
@@ -192,6 +193,7 @@ def decay_groups(
             gets the last one's. Each factor's parameters are split in two as well.
         layer_decay: factor from one layer to the one before it (Clark et al. 2020; BEiT, VideoMAE): the
             classifier learns at `lr`, layer k of n at `lr · layer_decay^(n - k)`. Multiplies with `groups`.
+        no_decay: patterns of what does not decay besides, such as tables of positions.
 
     Raises:
         UserError: a pattern that chooses nothing, a factor that is no number above 0, or no
@@ -215,10 +217,17 @@ def decay_groups(
         depth, last = depths(module)
         for name, layer in depth.items():
             factors[name] = factors.get(name, 1.0) * layer_decay ** (last - layer)
+    if no_decay is not None and (
+        isinstance(no_decay, str) or not all(isinstance(pattern, str) for pattern in no_decay)
+    ):
+        raise UserError(f"optim.no_decay is {no_decay!r}; it takes a list of names or patterns")
+    kept = {
+        name for pattern in no_decay or () for name in chosen(module, pattern, "optim.no_decay")
+    }
     parts: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            place = (factors.get(name, 1.0), parameter.ndim > 1)
+            place = (factors.get(name, 1.0), parameter.ndim > 1 and name not in kept)
             parts.setdefault(place, []).append(parameter)
     if not parts:
         raise UserError(f"{type(module).__name__} has no parameter to train")

@@ -167,10 +167,11 @@ def adamw(
     weight_decay: float = 0.05,
     groups: Mapping[str, float] | None = None,
     layer_decay: float | None = None,
+    no_decay: Sequence[str] | None = None,
     **schedule: Any,
 ) -> dict[str, Any]:
     """AdamW (Loshchilov & Hutter 2019); `groups` multiplies the rate of parts: `{"fc": 10}`."""
-    parts = decay_groups(module, weight_decay, lr, groups, layer_decay)
+    parts = decay_groups(module, weight_decay, lr, groups, layer_decay, no_decay)
     optimizer = torch.optim.AdamW(parts, lr=lr, betas=(betas[0], betas[1]))
     return with_schedule(optimizer, total, **schedule)
 
