@@ -64,7 +64,7 @@ def test_linear_probe_norms_over_the_batch():
     net.eval()
     torch.testing.assert_close(net(x[:1]), net(x)[:1])  # its own statistics by now
     assert net(x).std() > 0.1
-    with pytest.raises(UserError, match=r"model\.probe=linear .* data\.batch_size=2"):
+    with pytest.raises(UserError, match=r"model\.probe=linear .* data\.batch_size=4"):
         net.train()(x[:1])
 
 

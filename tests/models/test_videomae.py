@@ -249,7 +249,7 @@ def test_bad_arguments_are_named():
     with torch.device("meta"):
         with pytest.raises(UserError, match=r"2 frames at a time and got a clip of 5"):
             small(num_frames=5)
-        with pytest.raises(UserError, match=r"make clip\.num_frames a multiple of 2"):
+        with pytest.raises(UserError, match=r"make clip\.num_frames .* a multiple of 2"):
             small()(torch.empty(1, 3, 7, 32, 32))
         with pytest.raises(UserError, match=r"14 x 14 pixels and got 256 x 256"):
             on_meta("giant", depth=1)(torch.empty(1, 3, 16, 256, 256))

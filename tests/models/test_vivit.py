@@ -530,7 +530,7 @@ def test_bad_arguments_are_named():
         for name in NAMES:
             with pytest.raises(UserError, match=r"2 frames at a time and got a clip of 5"):
                 small(name, num_frames=5)
-            with pytest.raises(UserError, match=r"make clip\.num_frames a multiple of 2"):
+            with pytest.raises(UserError, match=r"make clip\.num_frames .* a multiple of 2"):
                 small(name)(torch.empty(1, 3, 7, 32, 32))
             with pytest.raises(UserError, match=r"8 x 8 pixels and got 32 x 33"):
                 small(name)(torch.empty(1, 3, 8, 32, 33))
