@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -200,7 +201,6 @@ class Pictures(L.Callback):
             pictures = _precision(result, positives, names)
         else:
             pictures = _confusion(result, names)
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped  # where Lightning puts the scores
         spread = [(_mp4(frames, rate), caption) for frames, caption in self.videos]
         with tempfile.TemporaryDirectory() as folder:
             for kind, clips in (("videos", spread), ("worst_errors", errors)):
@@ -211,14 +211,7 @@ class Pictures(L.Callback):
                     shown.append(wandb.Video(str(path), caption=caption, format="mp4"))
                 if shown:
                     pictures[kind] = shown
-            for logger in trainer.loggers:
-                if isinstance(logger, WandbLogger):
-                    logger.experiment.log(
-                        {
-                            **{f"{stage}/{name}": picture for name, picture in pictures.items()},
-                            "trainer/global_step": step,
-                        }
-                    )
+            log_pictures(trainer, stage, pictures)
         self.metric, self.videos, self.errors = None, [], []
 
     def _worst(self, world_size: int, rate: float) -> list[tuple[bytes, str]]:
@@ -232,6 +225,15 @@ class Pictures(L.Callback):
         return [(content, caption) for *_, content, caption in sorted(rows.values())][
             : self.num_errors
         ]
+
+
+def log_pictures(trainer: L.Trainer, stage: str, pictures: Mapping[str, Any]) -> None:
+    """Hand W&B pictures by name, as `val/NAME`, where Lightning puts the scores."""
+    step = trainer.fit_loop.epoch_loop._batches_that_stepped
+    named = {f"{stage}/{name}": picture for name, picture in pictures.items()}
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.log({**named, "trainer/global_step": step})
 
 
 def name_of(trainer: L.Trainer, row: int) -> str:

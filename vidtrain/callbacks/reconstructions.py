@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as L
 from lightning.pytorch.loggers import WandbLogger
 
-from vidtrain.callbacks.pictures import name_of
+from vidtrain.callbacks.pictures import log_pictures, name_of
 from vidtrain.tasks.masked_pretraining import MaskedPretraining
 from vidtrain.types import UserError
 from vidtrain.visualize.reconstruction import Block, reconstruction_sheet
@@ -124,15 +124,8 @@ class Reconstructions(L.Callback):
         path = Path(str(trainer.default_root_dir)) / f"reconstructions_{stage}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         reconstruction_sheet(self.blocks, path)
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped  # where Lightning puts the scores
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                import wandb
+        if any(isinstance(logger, WandbLogger) for logger in trainer.loggers):
+            import wandb
 
-                logger.experiment.log(
-                    {
-                        f"{stage}/reconstructions": wandb.Image(str(path)),
-                        "trainer/global_step": step,
-                    }
-                )
+            log_pictures(trainer, stage, {"reconstructions": wandb.Image(str(path))})
         self.blocks = []

@@ -151,7 +151,7 @@ def main(cfg: DictConfig) -> None:
         raise UserError(f"bench times videos, and data={data.name} has features")
     network = build.model(cfg)
     task = build.task(cfg, network)
-    (data.labelled if task.uses_labels else data.split_of)("train")
+    data.split_for("train", task.uses_labels)
     data.feed(network.inputs)  # type: ignore[arg-type]
     build.checkpointing(cfg, network)
     trainer = build.trainer(cfg, Path("."), [], [])

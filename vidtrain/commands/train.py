@@ -58,14 +58,13 @@ def main(cfg: DictConfig) -> float | int | None:
     network: Any = build.model(cfg)
     data.feed(network.inputs)
     task = build.task(cfg, network)
-    check_split = data.labelled if task.uses_labels else data.split_of
-    check_split("train")
+    data.split_for("train", task.uses_labels)
     if data.balance and not data.manifest.label_counts("train").sum():
         raise UserError(
             "data.balance goes by classes, and these videos have no labels; set it to 0"
         )
     if cfg.test:
-        data.test_split = check_split(cfg.split)
+        data.test_split = data.split_for(cfg.split, task.uses_labels)
     build.check_shapes(network, data.shapes(training=True, testing=cfg.test))
     name = config.choices().get("model", cfg.model._target_)
     task.description = checkpoint.describe(

@@ -457,7 +457,8 @@ class VideoDataModule(L.LightningDataModule):
     def cached_short_side(self) -> int:
         """Say how large cached frames must be: as large as the largest crop is taken from.
 
-        Crops of a random area or of random sides are taken from 8/7 of the crop's size, 256 for 224, as is the custom.
+        Crops of a random area or of random sides are taken from 8/7 of the crop's size, 256 for 224, as
+        is the custom.
         """
         drawn = self.augment.area is not None or self.augment.sides is not None
         widest = 8 / 7 if drawn else (self.augment.scale or (1, 1))[1]
@@ -493,6 +494,14 @@ class VideoDataModule(L.LightningDataModule):
             there = ", ".join(f"{key} ({count})" for key, count in self.manifest.splits.items())
             raise UserError(f"{self.name} has no '{name}' split; it has {there}")
         return name
+
+    def split_for(self, name: str, labels: bool) -> str:
+        """Check a split's name and, where labels are needed, that its videos have them.
+
+        Raises:
+            UserError: there is no such split, or nothing to learn from or to compare with.
+        """
+        return self.labelled(name) if labels else self.split_of(name)
 
     def labelled(self, name: str) -> str:
         """Check a split's name and that its videos have labels.

@@ -87,7 +87,7 @@ class MaskedPretraining(VideoTask):
         self.shown = {}
         losses, first = [], 0
         for part in self._views(video):
-            mask = type(masks)(*(one[first : first + len(part)] for one in masks)).to(part.device)
+            mask = _rows(masks, first, len(part)).to(part.device)
             predicted = model(part.to(dtype), mask)
             boxes = model.boxes(part.float() * self.std + self.mean)
             numbers = mask.predicted[..., None, None].expand(-1, -1, *boxes.shape[2:])
@@ -96,11 +96,13 @@ class MaskedPretraining(VideoTask):
             for place in self.to_show:
                 if not self.training and first <= place * views < first + len(part):
                     at = place * views - first
-                    one = type(mask)(*(x[at : at + 1] for x in mask))
-                    scale = type(target)(*(x[at : at + 1] for x in target))
-                    values = predicted[at : at + 1].detach().float()
                     self.shown[place] = _reconstruct(
-                        model, boxes[at : at + 1], one, scale, values, clip
+                        model,
+                        boxes[at : at + 1],
+                        _rows(mask, at, 1),
+                        _rows(target, at, 1),
+                        predicted[at : at + 1].detach().float(),
+                        clip,
                     )
             first += len(part)
         each = torch.cat(losses).unflatten(0, (count, views))
@@ -127,6 +129,11 @@ class MaskedPretraining(VideoTask):
             for index in batch["index"].tolist()
         ]
         return type(drawn[0])(*(torch.cat(parts) for parts in zip(*drawn, strict=True)))
+
+
+def _rows(tensors: Any, first: int, count: int) -> Any:
+    """Take some clips of a mask or a target."""
+    return type(tensors)(*(tensor[first : first + count] for tensor in tensors))
 
 
 def _reconstruct(

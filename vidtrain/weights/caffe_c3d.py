@@ -1,9 +1,8 @@
 """C3D as it was released for Caffe, in PyTorch: the layout of https://github.com/DavideA/c3d-pytorch.
 
 The port is MIT-licensed. Its layers have the names of our C3D. Caffe reads frames as OpenCV does, blue
-first; the mean of
-Sports-1M (facebookarchive/C3D, sport1m_train16_128_mean) is taken off values from 0 to 255, and
-nothing is divided by. The port itself does neither, which its issue 1 is about.
+first; the mean of Sports-1M (facebookarchive/C3D, sport1m_train16_128_mean) is taken off values from 0 to
+255, and nothing is divided by. The port itself does neither, which its issue 1 is about.
 """
 
 from __future__ import annotations

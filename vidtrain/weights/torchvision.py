@@ -44,13 +44,9 @@ MVIT: Rules = (
     (r"(blocks\.\d+\.mlp)\.0", r"\1.fc1"),
     (r"(blocks\.\d+\.mlp)\.3", r"\1.fc2"),
     (r"head\.1", r"head.proj"),
+    (r"pos_encoding\.class_token", r"cls_token"),
+    (r"pos_encoding\.(spatial|temporal|class)_pos", r"pos_\1"),
 )
-MVIT_POSITIONS = {
-    "class_token": "cls_token",
-    "spatial_pos": "pos_spatial",
-    "temporal_pos": "pos_temporal",
-    "class_pos": "pos_class",
-}
 MEAN, STD = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)
 SCALED = ("googlenet", "inception_v3")  # their weights take x / 127.5 - 1 and change it themselves
 
@@ -113,10 +109,6 @@ def rename(file: File, network: nn.Module, at: str) -> Renamed:
     if family != "mvit":
         return rename_by((), file)
     renamed = rename_by(MVIT, file)
-    for theirs, ours in MVIT_POSITIONS.items():
-        if (tensor := renamed.tensors.pop(f"pos_encoding.{theirs}", None)) is not None:
-            renamed.tensors[ours] = tensor
-            renamed.origin[ours] = renamed.origin.pop(f"pos_encoding.{theirs}")
     check_clip(file, renamed, network)
     return renamed
 

@@ -27,6 +27,7 @@ from vidtrain.types import UserError
 
 COLUMNS = {"path": "path", "label": "label", "split": "split", "group": "group"}
 COLUMNS |= {"start": "start", "end": "end"}
+SPLITS = {"train", "val", "test"}
 
 
 def prepare(
@@ -98,16 +99,12 @@ def from_class_folders(root: Path) -> Annotations:
     Without split folders the column `split` is empty text.
     """
     notes: list[str] = []
-    files = find_videos(root, notes)
-    paths: list[str] = files["path"].to_pylist()
-    if not paths:
-        raise UserError(f"there is no video under {root} (looked for .mp4, .avi, .mkv, .webm, ...)")
+    paths = _videos(root, notes)
     parts = [p.split("/") for p in paths]
     tops = {p[0] for p in parts if len(p) > 1}
-    by_split = {split_name(top) for top in tops} <= {"train", "val", "test"} and any(
-        len(p) > 2 for p in parts
-    )
-    if not by_split and {split_name(top) for top in tops} <= {"train", "val", "test"} and tops:
+    are_splits = {split_name(top) for top in tops} <= SPLITS
+    by_split = are_splits and any(len(p) > 2 for p in parts)
+    if are_splits and not by_split and tops:
         notes.append(
             f"{', '.join(sorted(tops))} are taken for classes, as they hold no class folders;"
             " data.label=null takes them for splits of videos without labels"
@@ -138,13 +135,19 @@ def from_any_folders(root: Path) -> Annotations:
     Where the folders in root are all splits (`train`, `val`, `test`), they say which; else `split` is empty.
     """
     notes: list[str] = []
+    paths = _videos(root, notes)
+    tops = [split_name(path.partition("/")[0]) for path in paths]
+    by_split = set(tops) <= SPLITS
+    rows = make_rows(paths, [[] for _ in paths], tops if by_split else [""] * len(paths))
+    return Annotations(rows, [], notes=notes)
+
+
+def _videos(root: Path, notes: list[str]) -> list[str]:
+    """List the videos below root; there must be one."""
     paths: list[str] = find_videos(root, notes)["path"].to_pylist()
     if not paths:
         raise UserError(f"there is no video under {root} (looked for .mp4, .avi, .mkv, .webm, ...)")
-    tops = [split_name(path.partition("/")[0]) for path in paths]
-    by_split = set(tops) <= {"train", "val", "test"}
-    rows = make_rows(paths, [[] for _ in paths], tops if by_split else [""] * len(paths))
-    return Annotations(rows, [], notes=notes)
+    return paths
 
 
 def from_table(
